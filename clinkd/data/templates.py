@@ -1,0 +1,45 @@
+"""Wording that phantoms and mask folders share: captions and scene descriptions from names and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clinkd.data.boxes import GRID, format_box
+from clinkd.data.records import Box, Turn
+
+
+def place(box: Box) -> str:
+    """Where a box lies, in thirds of the image: "upper left", "centre", …"""
+    column = ("left", "", "right")[min(2, 3 * (box[0] + box[2]) // (2 * GRID))]
+    row = ("upper", "", "lower")[min(2, 3 * (box[1] + box[3]) // (2 * GRID))]
+    return f"{row} {column}".strip() or "centre"
+
+
+def size_word(box: Box) -> str:
+    share = (box[2] - box[0]) * (box[3] - box[1]) / GRID**2
+    return "small" if share < 0.05 else "large" if share > 0.1 else "medium"
+
+
+def caption(name: str, box: Box) -> Turn:
+    """RC: what a region contains."""
+    return Turn(
+        "rc",
+        f"Can you describe the content within the {format_box(box)}?",
+        f"This region contains the {name}, a {size_word(box)} structure in the {place(box)} of the image.",
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def describe_scene(modality: str, objects: Sequence[tuple[str, Box]]) -> Turn:
+    """MIA: all objects from left to right, and the largest."""
+    ordered = sorted(objects, key=lambda item: (item[1][0] + item[1][2], item[0]))
+    names = list(dict.fromkeys(f"the {name}" for name, _ in ordered))
+    largest = max(objects, key=lambda item: ((item[1][2] - item[1][0]) * (item[1][3] - item[1][1]), item[0]))[0]
+    return Turn(
+        "mia",
+        "What can you interpret from the overall image?",
+        f"The {modality} image displays, from left to right, {listed(names)}. It shows the {largest} as the largest.",
+    )
