@@ -1,0 +1,348 @@
+"""One configuration for everything: frozen, checked whole, written as YAML with dotted overrides on the command line.
+
+Decisions:
+- Unknown keys are refused, and *all* errors of a file are listed at once, each with its path and the nearest known key.
+- YAML 1.1 reads ``5e-5`` as a string; the loader here reads it as the number that was meant.
+- A section knows which stage it matters to: fingerprints are taken from sections, never from the whole file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A user's mistake: one or more lines of what, where and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """Where a run lives."""
+
+    name: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the run under root")
+    root: str = Field("runs", description="folder that holds all runs and the artifacts they share")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+
+
+class DataSection(Section):
+    """Where images and questions come from."""
+
+    source: str = Field("phantoms", description="'phantoms', a Med-GRIT JSON/JSONL file, or an SA-Med2D folder")
+    images: str | None = Field(None, description="folder of the images when source is a JSON file (default: images/ beside it)")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="share of the cases kept for evaluation")
+    phantoms: int = Field(2000, ge=8, description="number of phantom images, when source is 'phantoms'")
+    phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are quarantined")
+    records_per_shard: int = Field(512, ge=1)
+
+
+class TinySection(Section):
+    """Sizes of a model made here; ignored where a path is given."""
+
+    hidden: int = Field(128, ge=32, multiple_of=16)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp: int = Field(384, ge=32)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TinySection:
+        if self.hidden % (8 * self.heads):
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of 8 x heads ({self.heads})")
+        return self
+
+
+class VisionSection(Section):
+    """The vision tower of models made here; teacher, student and guide share its shape."""
+
+    hidden: int = Field(64, ge=16, multiple_of=16)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(2, ge=1)
+    patch: int = Field(8, ge=4)
+    image_size: int = Field(112, ge=28)
+
+
+class ModelSection(Section):
+    """The student, and what teacher and student have in common."""
+
+    path: str | None = Field(None, description="folder of a Qwen2-VL checkpoint for the student; none: made here")
+    tiny: TinySection = TinySection()
+    vision: VisionSection = VisionSection()
+    vocab_size: int = Field(1024, ge=300, description="most tokens of a tokenizer made here")
+    init: Literal["teacher_layers", "random"] = Field(
+        "teacher_layers", description="a student made here starts from evenly chosen layers of the teacher, or from nothing"
+    )
+    max_pixels: int | None = Field(None, description="images are resized to at most this area (checkpoints by path)")
+    train_vision: bool = Field(False, description="train the student's vision tower too (the paper freezes it)")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class TeacherSection(Section):
+    """The teacher: a checkpoint by path, or a model trained here."""
+
+    path: str | None = Field(None, description="folder of the teacher's checkpoint; none: the stage teacher trains one")
+    tiny: TinySection = TinySection(layers=4)
+    train_vision: bool = True
+    correction_share: float = Field(
+        0.1, ge=0, le=0.5, description="share of training samples that ask to correct a wrong answer given the truth"
+    )
+
+
+class RopeSection(Section):
+    """Guided rotary positions (design: lambda = gap between modalities, alpha = step of the vision grid)."""
+
+    lambda_h: float = Field(2.0, gt=0)
+    lambda_w: float = Field(2.0, gt=0)
+    alpha_h: float = Field(1.0, gt=0)
+    alpha_w: float = Field(1.0, gt=0)
+    gamma: float = Field(0.0, ge=0, description="strength of the Med-CLIP guidance; 0 switches it off")
+    mode: Literal["none", "pair", "patch"] = "pair"
+
+
+class GuideSection(Section):
+    """The Med-CLIP guide that is trained on (region, phrase) pairs and scores (image, question) pairs."""
+
+    width: int = Field(64, ge=8, description="width of the shared embedding")
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(16, ge=1, description="images per step over all workers")
+    lr: float = Field(2e-3, gt=0)
+
+
+class OptimSection(Section):
+    """Optimiser and length of one training stage."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; none: from epochs")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1, description="micro-batch of samples per worker")
+    accumulation: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    questions_per_image: int = Field(1, ge=1, description="questions that share one image (and its vision tower pass) in a batch")
+
+
+class DistillSection(Section):
+    """Distillation from the cached teacher, before the full data."""
+
+    a: float = Field(0.5, ge=0, description="weight of the divergence: (a*KD + CE) / (1 + a)")
+    temperature: float = Field(0.5, gt=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    chunk_size: int = Field(1024, ge=1, description="answer tokens whose logits exist at one time")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training images that the teacher labels")
+    unlabelled_share: float = Field(0.2, ge=0, le=1, description="share of those whose true answers are hidden from the student")
+    start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
+    end_quantile: float = Field(0.0, ge=0, le=1)
+    optim: OptimSection = OptimSection()
+
+
+class ReflectSection(Section):
+    """Training with feedback on the model's own wrong answers."""
+
+    rounds: int = Field(1, ge=0)
+    samples: int = Field(512, ge=1, description="training samples the student answers in a round")
+    candidates: int = Field(4, ge=1, description="corrections the corrector samples for each miss")
+    budget: int = Field(256, ge=1, description="most misses corrected in a round, the worst first")
+    temperature: float = Field(0.7, gt=0)
+    weight: float = Field(0.5, ge=0, le=1, description="w of w*similarity + (1-w)*IoU")
+    floor: float = Field(0.6, ge=0, le=1)
+    iou_threshold: float = Field(0.5, gt=0, lt=1)
+    similarity_threshold: float = Field(0.85, ge=0, le=1)
+    similarity: str = Field("auto", description="'minilm', 'rouge', 'auto', or the folder of a sentence encoder")
+    share: float = Field(0.25, ge=0, le=1, description="share of feedback in a batch; the rest is the full training data")
+    optim: OptimSection = OptimSection()
+
+
+class EvaluateSection(Section):
+    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    limit: int | None = Field(None, ge=1, description="most test samples; none: all")
+    text_metrics: bool = Field(True, description="BLEU, METEOR, ROUGE-L, CIDEr for rc and mia (needs a JRE)")
+    spice_jars: str | None = Field(None, description="folder with the CoreNLP 3.6.0 jars for SPICE")
+
+
+class ComputeSection(Section):
+    """Ray, workers and DeepSpeed."""
+
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    address: str | None = Field(None, description="Ray address; none: the cluster of the job, or one started here")
+    actors: int = Field(2, ge=1, description="model actors of Ray Data stages (guide, label, predict)")
+    zero_stage: int = Field(1, ge=0, le=3)
+    teacher_zero_stage: int | None = Field(None, ge=0, le=3)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON whose keys are laid under ours")
+    gradient_checkpointing: bool = False
+    cpu_offload: bool = False
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    max_failures: int = Field(2, ge=0)
+
+
+class ParameterSpace(Section):
+    """One dimension of a sweep."""
+
+    kind: Literal["uniform", "loguniform", "choice", "int"]
+    low: float | None = None
+    high: float | None = None
+    values: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ParameterSpace:
+        if self.kind == "choice":
+            if not self.values:
+                raise ValueError("a choice needs values: [...]")
+        elif self.low is None or self.high is None or self.low >= self.high:
+            raise ValueError(f"{self.kind} needs low < high")
+        return self
+
+
+class SweepSection(Section):
+    """Ray Tune with Optuna over any keys of this configuration."""
+
+    trials: int = Field(4, ge=1)
+    metric: str = Field("score", description="what to maximise: score (mean of vg, roc, mbmr of rc and mia), vg, roc")
+    space: dict[str, ParameterSpace] = {}
+
+
+class RunConfig(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    teacher: TeacherSection = TeacherSection()
+    rope: RopeSection = RopeSection()
+    guide: GuideSection = GuideSection()
+    sft: OptimSection = Field(OptimSection(), description="supervised training of the teacher")
+    distill: DistillSection = DistillSection()
+    reflect: ReflectSection = ReflectSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    compute: ComputeSection = ComputeSection()
+    sweep: SweepSection = SweepSection()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-5 and 1e3 as numbers, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"), list("-+0123456789.")
+)  # fmt: skip
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: a configuration is a mapping of sections, this is a {type(value).__name__}")
+    return value
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file and lays ``a.b=c`` overrides over it.
+
+    A file may name another one to start from with ``base: FILE`` (relative to itself).
+
+    Raises:
+        ConfigError: with one line per mistake: the key's path, what is wrong, what is known.
+    """
+    values = _read_with_base(Path(path), ())
+    for override in overrides or []:
+        _lay_over(values, override)
+    return check_config(values, str(path))
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; the examples are in configs/")
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    target = (path.parent / str(base)).resolve()
+    if target in seen:
+        raise ConfigError(f"{path}: base {base} leads back to itself")
+    return merge(_read_with_base(target, (*seen, path.resolve())), values)
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, mappings merged key by key (``sweep.space`` too)."""
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def check_config(values: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def with_values(config: RunConfig, changes: dict[str, Any], where: str = "sweep") -> RunConfig:
+    """``config`` with dotted keys changed, checked again."""
+    values = config.model_dump()
+    for key, value in changes.items():
+        _set(values, key, value)
+    return check_config(values, where)
+
+
+def _lay_over(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is written section.key=value")
+    _set(values, key, yaml.load(text, Loader=_Loader) if text else None)  # noqa: S506 - a SafeLoader
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+        values = inner
+    values[last] = value
+
+
+def _explain(item: Any, where: str) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_beside(item["loc"])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: {path}: unknown key; {hint}"
+    got = json.dumps(item["input"], default=str)
+    return f"{where}: {path}: {item['msg']} (got {got[:80]})"
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        model = field.annotation
+    return list(getattr(model, "model_fields", {}))
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
