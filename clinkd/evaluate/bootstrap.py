@@ -53,7 +53,7 @@ class Resampled:
         i, j = self.names.index(numerator), self.names.index(denominator)
         up, down = self.totals[:, i], self.totals[:, j]
         value = (up / (down + epsilon)).sum() / divide_by
-        # A modality the draw lacks is not one without hits: the mean over those it has stands for all with rows.
+        # A modality the draw lacks is not one without hits: the mean over those it has stands for all.
         held = (self.draws[:, :, j] > 0).sum(axis=1)
         drawn = (
             (self.draws[:, :, i] / (self.draws[:, :, j] + epsilon)).sum(axis=1) * (down > 0).sum() / divide_by

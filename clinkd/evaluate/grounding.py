@@ -87,7 +87,7 @@ def honest_vg(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
 
 
 def honest_roc(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
-    """The published recall with its interval, recall by whole words, rate of answers without a word, errors."""
+    """The published recall with its interval, recall by whole words, rate of wordless answers, errors."""
     columns = _column_pair("whole", [whole_words(row.annotation, row.response) for row in scored.rows])
     columns["empty"] = [float(not words(row.response)) for row in scored.rows]
     sums = _resample(scored, columns, draws, seed)

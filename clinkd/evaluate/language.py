@@ -28,8 +28,8 @@ _NEGATION = re.compile(
 _NOT_NEGATION = re.compile(r"\b(?:not only|no doubt|not necessarily|no change in)\b")
 # Words after a side that are not the thing it belongs to.
 _LINKS = frozenset(
-    ["and", "or", "of", "in", "on", "at", "to", "is", "are", "was", "with", "the", "a", "an"]
-    + ["side", "sided", "from", "by", "for", "as", "that", "which"]
+    {"and", "or", "of", "in", "on", "at", "to", "is", "are", "was", "with", "the", "a", "an", "side", "sided"}
+    | {"from", "by", "for", "as", "that", "which"}
 )
 _OTHER = {"left": "right", "right": "left"}
 

@@ -97,7 +97,7 @@ def target_spans(annotation: str) -> list[str]:
 
 
 def predicted_spans(response: str) -> list[str]:
-    """Insides of the ``<box>`` spans; if there is none at all, bare ``(int,int),(int,int)`` without spaces."""
+    """Insides of the ``<box>`` spans; without any, bare ``(int,int),(int,int)`` written without spaces."""
     return _TAGGED.findall(response) or _BARE.findall(response)
 
 
@@ -202,7 +202,7 @@ def collect(task: str, raws: Iterable[object]) -> Scored:
 
 
 def recall(scored: Scored, key: str, denominator: str) -> dict[str, dict]:
-    """Recall per modality, macro: ``{"modalities": {"ct": {key, "hits", denominator}, …}, "mean": {key}}``."""
+    """Recall per modality, macro: ``{"modalities": {"ct": {key, "hits", denominator}}, "mean": {key}}``."""
     sums = {modality: [0, 0] for modality in MODALITIES}
     for row, (hits, total) in zip(scored.rows, scored.counts, strict=True):
         sums[row.modality][0] += hits

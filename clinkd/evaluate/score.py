@@ -34,8 +34,8 @@ class Predictions(list[dict[str, Any]]):
 def read_predictions(path: Path | str) -> Predictions:
     """Rows of a JSONL file, ours or the official one (integer ids, response a text or a list of one).
 
-    Lines that are no row are counted in ``.bad_lines``: ``line_not_utf8``, ``line_not_json``, ``not_an_object``.
-    Blank lines are nothing. A response in a list of one is taken out of it.
+    Lines that are no row are counted in ``.bad_lines``: ``line_not_utf8``, ``line_not_json`` or
+    ``not_an_object``. Blank lines are nothing. A response in a list of one is taken out of it.
 
     Raises:
         OSError: the file cannot be read.

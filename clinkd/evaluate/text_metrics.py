@@ -33,7 +33,7 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class TextScores:
-    """``corpus[group][metric]``, unrounded; ``per_row[group][metric]``, one number a row; why one is absent."""
+    """``corpus[group][metric]``, unrounded; ``per_row[group][metric]``, a number a row; why one is absent."""
 
     corpus: dict[str, dict[str, Any]]
     per_row: dict[str, dict[str, list[float]]]
@@ -66,7 +66,7 @@ class TextScorer:
             self._meteor = None
 
     def score(self, groups: Mapping[str, Pairs], spice_jars: Path | None = None) -> TextScores:
-        """Every metric of every group that has rows; SPICE only with ``spice_jars``. Java lacking raises nothing."""
+        """Every metric of each group with rows, SPICE only with ``spice_jars``; lack of Java raises nothing."""
         groups = {name: pairs for name, pairs in groups.items() if pairs}
         reasons = {} if spice_jars else {"spice": NO_JARS}
         if not self.java:
@@ -152,8 +152,8 @@ def published_means(scores: TextScores, *, mbmr: bool, with_spice: bool) -> dict
     """``{"modalities", "mean"}``: each metric rounded to 6 decimals, averaged over the eight, rounded again.
 
     A modality without rows scores 0; a metric that could not be had is null everywhere. ROUGE-L, CIDEr and
-    SPICE stay numpy floats until they are rounded: numpy and Python round differently in the last decimal. mBMR
-    is the mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L, not rounded.
+    SPICE stay numpy floats until they are rounded: numpy and Python round differently in the last decimal.
+    mBMR is the mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L, not rounded.
     """
     metrics = (*METRICS, "spice") if with_spice else METRICS
     absent = {m for m in metrics if "text" in scores.reasons or m in scores.reasons}
