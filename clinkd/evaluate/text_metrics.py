@@ -66,7 +66,7 @@ class TextScorer:
             self._meteor = None
 
     def score(self, groups: Mapping[str, Pairs], spice_jars: Path | None = None) -> TextScores:
-        """Every metric of each group with rows, SPICE only with ``spice_jars``; lack of Java raises nothing."""
+        """Every metric of each group with rows; SPICE only with ``spice_jars``. No Java raises nothing."""
         groups = {name: pairs for name, pairs in groups.items() if pairs}
         reasons = {} if spice_jars else {"spice": NO_JARS}
         if not self.java:
