@@ -1,0 +1,394 @@
+"""Distillation and answer losses from hidden states, without ever holding the logits of all tokens.
+
+Decisions:
+- The caller selects the answer tokens; the heads are applied to them alone, chunk by chunk, in float32
+  (float64 if the hidden states are), also under autocast. What is alive at once is a few [chunk, V] buffers.
+- The forward pass already works out the gradient, by the written-out formulas below: nothing is recomputed in
+  the backward pass, and a head sharded by ZeRO is needed once per step, in the forward pass. Each formula is
+  held against an independent float64 oracle by certificate.py.
+- The head's gradient is summed over chunks in float32 and rounded to the parameter's type once.
+- Sums are divided by `normalizer`: the answer tokens of all ranks and accumulation steps, else this call's N.
+  A rank with nothing to say gets a zero that still has a gradient (of zeros), so collectives stay in step.
+- KL and CE look at the same rows: `hidden` are the states that *predict* `targets`.
+- Vocabularies of unequal size meet on their common prefix; both distributions are renormalised over it. The
+  cross-entropy keeps the student's whole vocabulary.
+- No hidden T**2: `scale_t2` multiplies KD (the reported one too) by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+# (student logits [n, V], rows) -> (sum of KD over the rows, its gradient by logits[:, :C] as [n, C])
+Pull = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+CHUNK_SIZE = 64
+
+
+class DistillLoss(NamedTuple):
+    """Scalars, each differentiable: ``total`` = (a * kd + ce) / (1 + a)."""
+
+    total: Tensor
+    kd: Tensor
+    ce: Tensor
+
+
+def distill_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    *,
+    a: float,
+    temperature: float,
+    divergence: Divergence = "forward_kl",
+    chunk_size: int = CHUNK_SIZE,
+    normalizer: Tensor | float | None = None,
+    scale_t2: bool = False,
+    jsd_beta: float = 0.5,
+) -> DistillLoss:
+    """(a * KD(teacher, student; T) + CE) / (1 + a) over N answer tokens, exact (design, section 4; ClinKD).
+
+    Args:
+        hidden: [N, H] student states that predict the targets.
+        head_weight: [V, H] student head.
+        targets: [N] token ids below V.
+        teacher_hidden: [N, Ht] teacher states at the same tokens; no gradient flows into the teacher.
+        teacher_head_weight: [Vt, Ht].
+        a: weight of KD against CE, at least 0.
+        temperature: divides both logits inside KD, above 0.
+        divergence: "forward_kl" KL(teacher || student); "reverse_kl" KL(student || teacher); "jsd"
+            generalised Jensen-Shannon beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta)
+            * q (Agarwal et al. 2024, GKD, eq. 1), p the teacher, q the student.
+        chunk_size: tokens whose logits are held at once.
+        normalizer: what the sums are divided by instead of N; 0 gives 0.
+        scale_t2: multiply KD by T**2 (Hinton et al. 2015).
+        jsd_beta: beta of "jsd", strictly between 0 and 1.
+
+    Returns:
+        Three scalars in float32 (float64 for float64 states), in nats per token.
+
+    Raises:
+        ValueError: a parameter or target out of range, or shapes that do not fit.
+    """
+    _check(hidden, head_weight, targets, chunk_size)
+    kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
+    _check(teacher_hidden, teacher_head_weight, None, chunk_size, "teacher_")
+    if len(teacher_hidden) != len(hidden):
+        given = f"{len(teacher_hidden)} teacher states for {len(hidden)} student states"
+        raise ValueError(f"distillation loss: {given}")
+    common = min(len(head_weight), len(teacher_head_weight))
+    states, head = teacher_hidden.detach(), teacher_head_weight.detach()[:common]
+
+    def exact() -> Pull:
+        wide = head.to(_compute_type(hidden))
+
+        def pull(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            log_p = ((states[rows].to(wide.dtype) / temperature) @ wide.T).log_softmax(1)
+            value, slope = kd(log_p, logits[:, :common].div(temperature).log_softmax(1))
+            return value, slope.div_(temperature)
+
+        return pull
+
+    return _loss(hidden, head_weight, targets, exact, a, chunk_size, normalizer)
+
+
+def distill_loss_topk(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    top_logits: Tensor,
+    top_ids: Tensor,
+    tail: Tensor,
+    *,
+    vocabulary: int,
+    a: float,
+    temperature: float,
+    divergence: Divergence = "forward_kl",
+    chunk_size: int = CHUNK_SIZE,
+    normalizer: Tensor | float | None = None,
+    scale_t2: bool = False,
+    jsd_beta: float = 0.5,
+) -> DistillLoss:
+    """As :func:`distill_loss`, from the teacher's k largest logits and one bucket for all other tokens.
+
+    Both distributions are coarsened to k + 1 outcomes, so no mass is lost or clamped; the divergence is a
+    lower bound of the exact one. Take the inputs from :func:`top_k_logits`.
+
+    Args:
+        top_logits, top_ids: [N, k] teacher logits and their ids, all below ``vocabulary``.
+        tail: [N] log-sum-exp of (logit / T) over the other tokens below ``vocabulary``, *for this
+            temperature*.
+        vocabulary: length of the common prefix of both vocabularies.
+    """
+    _check(hidden, head_weight, targets, chunk_size)
+    kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
+    if top_logits.shape != top_ids.shape or len(top_ids) != len(hidden) or tail.shape != (len(hidden),):
+        raise ValueError("distillation loss: top_logits, top_ids and tail must be [N, k], [N, k] and [N]")
+    if not top_ids.shape[1] < vocabulary <= len(head_weight):
+        bounds = f"k < vocabulary <= {len(head_weight)}"
+        raise ValueError(f"distillation loss: {bounds} must hold, not {vocabulary}")
+
+    def bucketed() -> Pull:
+        dtype = _compute_type(hidden)
+        top_scaled = top_logits.detach().to(dtype) / temperature
+        known = torch.cat([top_scaled, tail.detach().to(dtype)[:, None]], dim=1)
+
+        def pull(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            ids = top_ids[rows]
+            z = logits[:, :vocabulary] / temperature
+            top = z.gather(1, ids)
+            z.scatter_(1, ids, -torch.inf)
+            rest = z.logsumexp(1, keepdim=True)
+            value, slope = kd(known[rows].log_softmax(1), torch.cat([top, rest], dim=1).log_softmax(1))
+            # The tail's logit is the log-sum-exp of its tokens: each gets its share of the slope.
+            spread = (z - rest).exp_().mul_(slope[:, -1:]).scatter_(1, ids, slope[:, :-1])
+            return value, spread.div_(temperature)
+
+        return pull
+
+    return _loss(hidden, head_weight, targets, bucketed, a, chunk_size, normalizer)
+
+
+def answer_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Cross-entropy over N answer tokens, for stages without a teacher; see :func:`distill_loss`."""
+    _check(hidden, head_weight, targets, chunk_size)
+    return _loss(hidden, head_weight, targets, None, 0.0, chunk_size, normalizer).ce
+
+
+@torch.no_grad()
+def confidence_margin(
+    teacher_hidden: Tensor, teacher_head_weight: Tensor, *, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How sure the teacher is at each of N tokens, at T = 1 over its whole vocabulary.
+
+    Args:
+        teacher_hidden: [N, Ht]. teacher_head_weight: [Vt, Ht], Vt at least 2.
+
+    Returns:
+        p1 [N], the largest probability; margin [N], p1 - p2; entropy [N] in nats.
+    """
+    _check(teacher_hidden, teacher_head_weight, None, chunk_size, "teacher_")
+    found = [torch.empty(3, 0, dtype=_compute_type(teacher_hidden), device=teacher_hidden.device)]
+    for logits in _logits(teacher_hidden, teacher_head_weight, chunk_size):
+        p = logits.softmax(1)
+        found.append(torch.cat([p.topk(2, dim=1).values.T, torch.special.entr(p).sum(1)[None]]))
+    p1, p2, entropy = torch.cat(found, dim=1)
+    return p1, p1 - p2, entropy
+
+
+@torch.no_grad()
+def top_k_logits(
+    teacher_hidden: Tensor,
+    teacher_head_weight: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    vocabulary: int,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher in small: (top_logits [N, k], top_ids [N, k], tail [N]) of :func:`distill_loss_topk`."""
+    if not 0 < k < vocabulary <= len(teacher_head_weight):
+        bounds = f"0 < k < vocabulary <= {len(teacher_head_weight)}"
+        raise ValueError(f"top-k teacher: {bounds} must hold, not k = {k} and vocabulary = {vocabulary}")
+    logits, ids, tails = [], [], []
+    for chunk in _logits(teacher_hidden, teacher_head_weight[:vocabulary], chunk_size):
+        top, places = chunk.topk(k, dim=1)
+        logits.append(top)
+        ids.append(places)
+        tails.append((chunk.scatter_(1, places, -torch.inf) / temperature).logsumexp(1))
+    if not logits:
+        empty = teacher_hidden.new_zeros(0, k).to(_compute_type(teacher_hidden))
+        return empty, empty.long(), empty[:, 0]
+    return torch.cat(logits), torch.cat(ids), torch.cat(tails)
+
+
+def _compute_type(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _logits(hidden: Tensor, weight: Tensor, chunk_size: int) -> Iterator[Tensor]:
+    """Logits [n, V] of one chunk after the other."""
+    wide = weight.to(_compute_type(hidden))
+    for chunk in hidden.split(chunk_size) if len(hidden) else ():
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = chunk.to(wide.dtype) @ wide.T
+        yield logits
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor | None, chunk_size: int, whose: str = "") -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{whose}hidden {tuple(hidden.shape)} and {whose}head_weight {tuple(weight.shape)}"
+        raise ValueError(f"distillation loss: {shapes} must be [N, H] and [V, H]")
+    if chunk_size < 1:
+        raise ValueError(f"distillation loss: chunk_size must be at least 1, not {chunk_size}")
+    if targets is None:
+        return
+    if targets.shape != (len(hidden),):
+        raise ValueError(f"distillation loss: targets {tuple(targets.shape)} for {len(hidden)} states")
+    if len(targets) and not bool(((targets >= 0) & (targets < len(weight))).all()):
+        raise ValueError(f"distillation loss: targets must lie in [0, {len(weight)}); select answer tokens")
+
+
+@dataclass(frozen=True)
+class _Divergence:
+    """Divergence of p (teacher) and q (student): value, and slope by the logits that q is the softmax of."""
+
+    kind: Divergence
+    temperature: float
+    scale_t2: bool
+    beta: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Divergence):
+            known = ", ".join(get_args(Divergence))
+            raise ValueError(f"distillation loss: divergence must be one of {known}, not {self.kind!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"distillation loss: temperature must be above 0, not {self.temperature}")
+        if self.kind == "jsd" and not 0 < self.beta < 1:
+            raise ValueError(f"distillation loss: jsd_beta must lie between 0 and 1, not {self.beta}")
+
+    def __call__(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [n, C], used up -> (sum over rows, slope [n, C])."""
+        if self.kind == "forward_kl":
+            p = log_p.exp()
+            value = log_p.sub_(log_q).mul_(p).sum()
+            slope = log_q.exp_().sub_(p)
+        elif self.kind == "reverse_kl":
+            slope, rows = self._toward(log_q.exp(), log_q.sub_(log_p))
+            value = rows.sum()
+        else:
+            log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+            value = (log_p.exp() * log_p.sub(log_m)).sum() * self.beta
+            # The slopes of log m cancel: m is the mixture itself.
+            slope, rows = self._toward(log_q.exp(), log_q.sub_(log_m).mul_(1 - self.beta))
+            value = value + rows.sum()
+        if self.scale_t2:
+            value, slope = value * self.temperature**2, slope.mul_(self.temperature**2)
+        return value, slope
+
+    @staticmethod
+    def _toward(q: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope q * (gap - E_q[gap]) of E_q[gap], and that expectation [n, 1]."""
+        rows = (q * gap).sum(1, keepdim=True)
+        return gap.sub_(rows).mul_(q), rows
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher: Callable[[], Pull] | None,
+    a: float,
+    chunk_size: int,
+    normalizer: Tensor | float | None,
+) -> DistillLoss:
+    if a < 0 or not math.isfinite(a):
+        raise ValueError(f"distillation loss: a must be a finite number of at least 0, not {a}")
+    count = torch.as_tensor(len(hidden) if normalizer is None else normalizer, device=hidden.device).detach()
+    count = count.to(_compute_type(hidden))
+    scale = torch.where(count > 0, count, 1).reciprocal() * (count > 0)
+    plan = _Plan(teacher, a, chunk_size, scale, torch.is_grad_enabled())
+    return DistillLoss(*_ChunkedLoss.apply(hidden, weight, targets, plan))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    teacher: Callable[[], Pull] | None  # prepares the teacher's head and gives its pull
+    a: float
+    chunk_size: int
+    scale: Tensor  # one over the normaliser
+    gradients: bool
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(total, kd, ce). Gradients of total come from the forward pass; those of kd or ce cost another."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.plan = plan
+        needs = (plan.gradients and ctx.needs_input_grad[0], plan.gradients and ctx.needs_input_grad[1])
+        share = plan.scale / (1 + plan.a)
+        kd, ce, *ctx.ready = _pass(hidden, weight, targets, plan, share * plan.a, share, needs)
+        kd, ce = kd * plan.scale, ce * plan.scale
+        return (plan.a * kd + ce) / (1 + plan.a), kd, ce
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, total: Tensor | None, kd: Tensor | None, ce: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        if ctx.ready is not None and total is not None and kd is None and ce is None:
+            # Scaled in place to save a [V, H] buffer: a second backward pass starts afresh.
+            by_hidden, by_weight = (None if slope is None else slope.mul_(total) for slope in ctx.ready)
+            ctx.ready = None
+        else:
+            zero = torch.zeros_like(ctx.plan.scale)
+            shared = (zero if total is None else total) / (1 + ctx.plan.a)
+            by_kd = ((zero if kd is None else kd) + ctx.plan.a * shared) * ctx.plan.scale
+            by_ce = ((zero if ce is None else ce) + shared) * ctx.plan.scale
+            needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            _, _, by_hidden, by_weight = _pass(hidden, weight, targets, ctx.plan, by_kd, by_ce, needs)
+        return (
+            None if by_hidden is None else by_hidden.to(hidden.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _pass(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    plan: _Plan,
+    by_kd: Tensor,
+    by_ce: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Sums of KD and CE over all chunks, and the gradient of by_kd * KD + by_ce * CE where needed."""
+    dtype = _compute_type(hidden)
+    wide = weight.to(dtype)
+    kd, ce = torch.zeros(2, dtype=dtype, device=hidden.device)
+    by_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
+    by_weight = torch.zeros_like(wide) if needs[1] else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        pull = plan.teacher() if plan.teacher is not None and len(hidden) else None
+        for begin in range(0, len(hidden), plan.chunk_size):
+            rows = slice(begin, begin + plan.chunk_size)
+            states, wanted = hidden[rows].to(dtype), targets[rows, None]
+            logits = states @ wide.T
+            total = logits.logsumexp(1, keepdim=True)
+            ce = ce + (total - logits.gather(1, wanted)).sum()
+            value, slope = pull(logits, rows) if pull else (None, None)
+            kd = kd if value is None else kd + value
+            if not any(needs):
+                continue
+            # d CE / d logits = softmax - onehot, built in the place of the logits.
+            grad = logits.sub_(total).exp_()
+            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0)).mul_(by_ce)
+            if slope is not None:
+                grad[:, : slope.shape[1]].add_(slope.mul_(by_kd))
+            if by_hidden is not None:
+                by_hidden[rows] = grad @ wide
+            if by_weight is not None:
+                by_weight.addmm_(grad.T, states)
+    return kd, ce, by_hidden, by_weight
