@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from clinkd.data.boxes import format_box, mask_box, pixels_to_grid
+from clinkd.data.boxes import mask_box, pixels_to_grid
 from clinkd.data.records import MODALITIES, MODALITY_NAMES, Box, Record, Turn
-from clinkd.data.templates import caption, describe_scene
+from clinkd.data.templates import caption, describe_scene, identify, locate
 
 Field = np.ndarray
 """[h, w] float32; shapes are given as (inside, tone) over u, v in [-1, 1] across the object's box."""
@@ -261,14 +261,8 @@ def _turns(objects: list[Placed], modality: str, rng: np.random.Generator) -> tu
     """VG and ROC for every object, RC for one, MIA for the image."""
     turns = []
     for item in objects:
-        box = format_box(item.box)
-        if rng.random() < 0.5:
-            turns.append(Turn("vg", f"Where is the {item.name} located in the image?",
-                              f"The {item.name} is located at the {box}."))  # fmt: skip
-        else:
-            turns.append(Turn("vg", f"Please point out the {item.name}.", f"{box} shows the {item.name}."))
-        turns.append(Turn("roc", f"What anatomical structure or finding is present at the {box}?",
-                          item.name.capitalize()))  # fmt: skip
+        turns.append(locate(item.name, [item.box], name_first=rng.random() < 0.5))
+        turns.append(identify(item.name, item.box))
     chosen = objects[int(rng.integers(len(objects)))]
     turns.append(caption(chosen.name, chosen.box))
     turns.append(describe_scene(MODALITY_NAMES[modality], [(item.name, item.box) for item in objects]))

@@ -1,4 +1,8 @@
-"""Wording that phantoms and mask folders share: captions and scene descriptions from names and boxes."""
+"""Wording that phantoms and mask folders share: the four tasks' turns from names and boxes.
+
+The wording of an answer follows from the wording of its question; what varies is given by the caller, who draws it
+from a seed.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,20 @@ def place(box: Box) -> str:
 def size_word(box: Box) -> str:
     share = (box[2] - box[0]) * (box[3] - box[1]) / GRID**2
     return "small" if share < 0.05 else "large" if share > 0.1 else "medium"
+
+
+def locate(name: str, boxes: Sequence[Box], *, name_first: bool) -> Turn:
+    """VG: where an object is. Several boxes (instances of one name) are all listed, joined by "and"."""
+    where = " and ".join(format_box(box) for box in boxes)
+    if name_first:
+        return Turn("vg", f"Where is the {name} located in the image?", f"The {name} is located at the {where}.")
+    return Turn("vg", f"Please point out the {name}.", f"{where} shows the {name}.")
+
+
+def identify(name: str, box: Box) -> Turn:
+    """ROC: what a box holds. Only the first letter is raised, so that "COVID-19 infection" keeps its capitals."""
+    question = f"What anatomical structure or finding is present at the {format_box(box)}?"
+    return Turn("roc", question, name[:1].upper() + name[1:])
 
 
 def caption(name: str, box: Box) -> Turn:
