@@ -1,6 +1,7 @@
 """Boxes: the 0-1000 grid in and out of text and pixels, and overlap.
 
-Text carries ``<box>(x1,y1),(x2,y2)</box>``; Qwen2-VL's tokenizer has ``<|box_start|>`` and ``<|box_end|>`` for the same.
+Text carries ``<box>(x1,y1),(x2,y2)</box>``; Qwen2-VL's tokenizer has ``<|box_start|>`` and ``<|box_end|>``
+for the same.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _parse_span(span: str) -> Box:
 
 
 def pixels_to_grid(box: Sequence[float], width: int, height: int) -> Box:
-    """Pixel corners (right and bottom exclusive) to the grid; at least one grid step wide, error at most one step."""
+    """Pixel corners (right and bottom exclusive) to the grid, at least one step wide, to the nearest step."""
     x1, x2 = (round(GRID * value / width) for value in (box[0], box[2]))
     y1, y2 = (round(GRID * value / height) for value in (box[1], box[3]))
     x1, y1 = min(max(x1, 0), GRID - 1), min(max(y1, 0), GRID - 1)

@@ -1,14 +1,16 @@
 """Med-GRIT's question/answer files as a stream of entries.
 
 Decisions:
-- Three spellings are read alike: BiRD's ``conversations`` of [question, answer], ClinKD's of {"from", "value"}, and
-  ShareGPT's ``messages`` of {"role", "content"} with ``images``; as a JSON array (through ijson, so that a file larger
-  than memory streams) or JSON lines.
-- Reading only routes: it finds the image, pairs questions with answers, and says where in the file it was. Texts are
-  checked later, in parallel (``validate.check_turn``). What cannot even be routed comes out as an ``Entry`` with a reason.
-- The image is ``images[0]`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's rule),
-  else the name in ``<img>``.
-- A JSON array that breaks in the middle gives what stood before the break and one entry with ``invalid_json``.
+- Three spellings are read alike: BiRD's ``conversations`` of [question, answer], ClinKD's of {"from",
+  "value"}, and ShareGPT's ``messages`` of {"role", "content"} with ``images``; as a JSON array (through
+  ijson, so that a file larger than memory streams) or JSON lines.
+- Reading only routes: it finds the image, pairs questions with answers, and says where in the file it was.
+  Texts are checked later, in parallel (``validate.check_turn``). What cannot even be routed comes out as an
+  ``Entry`` with a reason.
+- The image is ``images[0]`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's
+  rule), else the name in ``<img>``.
+- A JSON array that breaks in the middle gives what stood before the break and one entry with
+  ``invalid_json``.
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
                 index += 1
         except (ijson.JSONError, UnicodeDecodeError) as error:
             text = " ".join(str(error).split())[:200]
-            code = "invalid_utf8" if isinstance(error, UnicodeDecodeError) or "UTF" in text else "invalid_json"
+            code = (
+                "invalid_utf8" if isinstance(error, UnicodeDecodeError) or "UTF" in text else "invalid_json"
+            )
             yield f"{path.name}[{index}]", RowError(code, f"the file breaks here: {text}")
 
 
@@ -125,7 +129,12 @@ def _entry(where: str, value: Any, task: str | None) -> Entry:
         return Entry(where, reason="invalid_record", detail=f"{type(value).__name__}, not an object")
     talk = value.get("messages", value.get("conversations"))
     if not isinstance(talk, list):
-        return Entry(where, _text(value.get("id")), reason="invalid_record", detail="no list of conversations or messages")
+        return Entry(
+            where,
+            _text(value.get("id")),
+            reason="invalid_record",
+            detail="no list of conversations or messages",
+        )
     rows = max(1, _count(talk))
     try:
         pairs = _pairs(talk)

@@ -1,11 +1,11 @@
 """One part of a preparation, as a task on any worker does it: check (decode, validate, draw) and then write.
 
 Decisions:
-- Two passes. The first checks images and rows and leaves a Parquet file of what is good; then the driver, who has seen
-  every part's light facts, decides what no part can decide alone (which side a case goes to); the second adds that
-  and writes the shard. Pixels are decoded once.
-- A part reads its rows from a file and leaves its own files, each written beside and renamed: run again after a
-  crash, it leaves the same bytes.
+- Two passes. The first checks images and rows and leaves a Parquet file of what is good; then the driver, who
+  has seen every part's light facts, decides what no part can decide alone (which side a case goes to); the
+  second adds that and writes the shard. Pixels are decoded once.
+- A part reads its rows from a file and leaves its own files, each written beside and renamed: run again after
+  a crash, it leaves the same bytes.
 - Jobs and results are plain JSON values.
 """
 
@@ -63,10 +63,12 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     """First pass over one part.
 
     Args:
-        job: ``part`` (number), ``kind``, ``work`` (folder), ``limits``, ``seed``, and what the kind's reader needs.
+        job: ``part`` (number), ``kind``, ``work`` (folder), ``limits``, ``seed``, and what the kind's reader
+        needs.
 
     Returns:
-        ``part``, ``images`` (image, modality, case, samples by task), ``duplicates``, ``by_reason``, ``targets``.
+        ``part``, ``images`` (image, modality, case, samples by task), ``duplicates``, ``by_reason``,
+        ``targets``.
     """
     work, number = Path(job["work"]), job["part"]
     tally = Tally(work / f"quarantine-{number:05d}.jsonl")
@@ -93,7 +95,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(job: dict[str, Any]) -> dict[str, Any]:
-    """Second pass: the shard of a checked part, with each row's ``splits`` entry; returns its name, rows and sha256."""
+    """Second pass: the shard of a checked part, given each row's side; returns name, rows and sha256."""
     import pyarrow.parquet as pq
 
     name = f"part-{job['part']:05d}.parquet"
@@ -173,7 +175,7 @@ def _medgrit(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterat
 
 
 def _checked_turns(entries: list[medgrit.Entry], limits: Limits, tally: Tally) -> tuple[Turn, ...]:
-    """The good turns of an image: bad ones and contradictions go to quarantine, repeats are counted and dropped."""
+    """An image's good turns; bad ones and contradictions are refused, repeats counted and dropped."""
     checked: list[tuple[dict[str, Any], Turn]] = []
     for entry in entries:
         for number, (question, answer) in enumerate(entry.pairs):
@@ -215,7 +217,9 @@ def _samed2d(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterat
         objects: list[tuple[str, Box]] = []
         for mask in masks:
             try:
-                objects.append((samed2d.object_name(mask, names), samed2d.read_mask(root, mask, width, height, limits)))
+                objects.append(
+                    (samed2d.object_name(mask, names), samed2d.read_mask(root, mask, width, height, limits))
+                )
             except RowError as error:
                 tally.refuse(error, **place, mask=mask)
         if objects:

@@ -1,8 +1,10 @@
-"""Phantoms: drawn images of the eight modalities with their questions, so that everything runs with no data at all.
+"""Phantoms: drawn images of the eight modalities with their questions, so that everything runs with no data
+at all.
 
 Decisions:
-- What an object *is* shows in its shape and inner structure, never in its place: places are uniform. Left and right of
-  a pair are mirror images of one shape (a kidney's hilum faces the midline), so laterality has to be seen.
+- What an object *is* shows in its shape and inner structure, never in its place: places are uniform. Left and
+  right of a pair are mirror images of one shape (a kidney's hilum faces the midline), so laterality has to be
+  seen.
 - Each modality has a look of its own (field of view, texture, noise, contrast), laid over the same anatomy.
 - The wording of an answer follows from the wording of the question: nothing in an answer is left to chance.
 - The drawing of image i depends on (seed, i) alone, so any part can be drawn again, on any worker.
@@ -83,11 +85,13 @@ SHAPES: dict[str, Callable[[Field, Field], tuple[Field, Field]]] = {
     "heart": _two_tone(_disk, lambda u, v: u**2 + v**2 < 0.3, 0.9, -0.6),
     "bladder": _two_tone(_disk, lambda u, v: v > 0, 0.2, 1.0),
     "aorta": lambda u, v: (_disk(u, v) & ((u**2 + v**2 > 0.5) | (u**2 + v**2 < 0.1)), np.full_like(u, 1.0)),
-    "vertebra": _two_tone(lambda u, v: np.abs(u) < 2, lambda u, v: (np.abs(u) < 0.4) & (np.abs(v) < 0.4), 0.9, -0.8),
+    "vertebra": _two_tone(lambda u, v: np.abs(u) < 2,
+                          lambda u, v: (np.abs(u) < 0.4) & (np.abs(v) < 0.4), 0.9, -0.8),
     "tumor": _star(5, 0.3, 1.0),
     "hemorrhage": _star(3, 0.15, -1.0),
     "cyst": _two_tone(_disk, lambda u, v: u**2 + v**2 < 0.55, 0.9, -0.9),
-    "polyp": lambda u, v: (((v < 0) & (u**2 + v**2 < 1)) | ((v >= 0) & (np.abs(u) < 0.35)), np.full_like(u, 0.8)),
+    "polyp": lambda u, v: (((v < 0) & (u**2 + v**2 < 1)) | ((v >= 0) & (np.abs(u) < 0.35)),
+                           np.full_like(u, 0.8)),
     "edema": lambda u, v: (_disk(u, v), 0.9 * np.sign(np.sin(2.5 * np.pi * v))),
     "fibrosis": lambda u, v: (_disk(u, v), 0.9 * np.sign(np.sin(2.5 * np.pi * u))),
     "stone": lambda u, v: (np.abs(u) + np.abs(v) < 1, np.full_like(u, 1.0)),
@@ -150,7 +154,9 @@ def _anatomy(spec: PhantomSpec, rng: np.random.Generator) -> tuple[Field, Field,
     return tone, inside, objects
 
 
-def _shaped(name: str, taken: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, Field, Field]:
+def _shaped(
+    name: str, taken: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[int, int, Field, Field]:
     """A place (x, y) with the object's mask and tones there, cut to the mask's own extent."""
     while True:
         width, height, x, y = _free_place(taken, size, rng)
@@ -162,7 +168,7 @@ def _shaped(name: str, taken: np.ndarray, size: int, rng: np.random.Generator) -
 
 
 def _free_place(taken: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box at a uniform place that touches nothing drawn so far; large ones are tried first, then smaller."""
+    """A box at a uniform place that touches nothing drawn so far; large first, then smaller."""
     for attempt in range(1000):
         top = MAX_SIDE - (MAX_SIDE - MIN_SIDE - 0.03) * min(attempt / 200, 1)
         width, height = (round(size * side) for side in rng.uniform(MIN_SIDE + 0.01, top, 2))
@@ -270,7 +276,7 @@ def _turns(objects: list[Placed], modality: str, rng: np.random.Generator) -> tu
 
 
 def write_source(spec: PhantomSpec, out: Path, indices: range | None = None) -> Path:
-    """Writes phantoms as a lab would have them: ``images/*.png`` and ``medgrit.json`` in Med-GRIT's own form."""
+    """Writes phantoms as a lab would have them: ``images/*.png`` and ``medgrit.json``, Med-GRIT's form."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -283,7 +289,7 @@ def write_source(spec: PhantomSpec, out: Path, indices: range | None = None) -> 
 
 
 def to_medgrit(record: Record) -> dict:
-    """A record as BiRD's JSON: id and a list of [question, answer], the image named before the first question."""
+    """A record as BiRD's JSON: id and [question, answer] pairs, the image named before the first."""
     turns = [[turn.question, turn.answer] for turn in record.turns]
     turns[0][0] = f"Picture 1: <img>{record.image}</img>\n{turns[0][0]}"
     return {"id": record.id, "conversations": turns}

@@ -1,12 +1,13 @@
 """Prepare: whatever a lab has, to shards, a quarantine and a manifest, through Ray Data.
 
 Decisions:
-- The driver streams light rows (texts and names, never pixels) into one file per part; Ray Data runs the parts
-  (``parts.check``, then ``parts.write``) wherever there is room. A part is ``images_per_shard`` images in the order they
-  first stood in the source, and becomes one shard: which worker made it when leaves no trace.
+- The driver streams light rows (texts and names, never pixels) into one file per part; Ray Data runs the
+  parts (``parts.check``, then ``parts.write``) wherever there is room. A part is ``images_per_shard`` images
+  in the order they first stood in the source, and becomes one shard: which worker made it when leaves no
+  trace.
 - Same source and seed, same bytes. The manifest comes last; a run that was killed is simply run again.
-- Counts are in question/answer pairs (samples) and add up: ``records_in = records_out + quarantined + duplicates``. Of a
-  mask folder, a quarantined mask is one row.
+- Counts are in question/answer pairs (samples) and add up: ``records_in = records_out + quarantined +
+  duplicates``. Of a mask folder, a quarantined mask is one row.
 - An entry that repeats an image's name joins that image; exact repeats of a pair are duplicates.
 - The output folder has to be one that driver and workers share.
 """
@@ -41,7 +42,7 @@ _BUFFERED = 20_000  # light rows held before they go to their parts' files
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data come from: ``kind`` is "phantoms", "medgrit" (``files`` and ``root``, the images) or "samed2d"."""
+    """Where the data come from: "phantoms", "medgrit" (``files``; ``root`` holds the images) or "samed2d"."""
 
     kind: str
     root: Path = Path()
@@ -61,7 +62,8 @@ def find_source(source: PhantomSpec | str | Path, images: Path | None = None) ->
     """What ``source`` is.
 
     Args:
-        source: a ``PhantomSpec``; an SA-Med2D folder (``images/`` and ``masks/``); a folder with question/answer files
+        source: a ``PhantomSpec``; an SA-Med2D folder (``images/`` and ``masks/``); a folder with
+        question/answer files
             and ``images/``; or one question/answer file, with ``images/`` beside it or given.
 
     Raises:
@@ -78,19 +80,23 @@ def find_source(source: PhantomSpec | str | Path, images: Path | None = None) ->
         raise DataError(f"no folder {images}: check data.images_dir (--images)")
     if path.is_file():
         if path.suffix.lower() not in QA_SUFFIXES:
-            raise DataError(f"{path} is not {', '.join(QA_SUFFIXES)}: give a question/answer file or a folder")
+            raise DataError(
+                f"{path} is not {', '.join(QA_SUFFIXES)}: give a question/answer file or a folder"
+            )
         return Source("medgrit", _images_beside(path.parent, images), (path,))
     if images is None and samed2d.is_folder(path):
         return Source("samed2d", path)
     files = tuple(
         file
         for file in sorted(path.iterdir())
-        if file.suffix.lower() in QA_SUFFIXES and file.is_file() and not file.name.startswith(("SAMed2D_v1", "."))
+        if file.suffix.lower() in QA_SUFFIXES
+        and file.is_file()
+        and not file.name.startswith(("SAMed2D_v1", "."))
     )
     if not files:
         raise DataError(
-            f"{path} holds neither images/ with masks/ nor a question/answer file ({', '.join(QA_SUFFIXES)}): "
-            "see the README for the layouts"
+            f"{path} holds neither images/ with masks/ nor a question/answer file: give a folder with both, "
+            f"or with {', '.join(QA_SUFFIXES)} beside images/"
         )
     return Source("medgrit", _images_beside(path, images), files)
 
@@ -181,19 +187,23 @@ def _plan(source: Source, base: dict, size: int, driver: parts.Tally) -> tuple[l
     if source.phantoms is not None:
         total = source.phantoms.images
         spans = [(start, min(start + size, total)) for start in range(0, total, size)]
-        return [base | {"part": n, "spec": asdict(source.phantoms), "indices": s} for n, s in enumerate(spans)], {}
+        return [
+            base | {"part": n, "spec": asdict(source.phantoms), "indices": s} for n, s in enumerate(spans)
+        ], {}
     spill = _Spill(Path(base["work"]), size)
     if source.kind == "samed2d":
         given = {"masks": _route_masked(source.root, spill, driver)}
     else:
         given = {"rows": _route_entries(source, spill, driver)}
     spill.flush()
-    rows = [base | {"part": n, "rows": str(path), "root": str(source.root)} for n, path in enumerate(spill.paths)]
+    rows = [
+        base | {"part": n, "rows": str(path), "root": str(source.root)} for n, path in enumerate(spill.paths)
+    ]
     return [job | {"root": str(source.root.absolute())} for job in rows], given
 
 
 class _Spill:
-    """Rows to their image's part: images get numbers in order of first appearance, ``size`` of them are a part."""
+    """Rows to their image's part: numbered in order of first appearance, ``size`` images are a part."""
 
     def __init__(self, work: Path, size: int) -> None:
         self.work, self.size = work, size
@@ -255,7 +265,9 @@ def _route_masked(root: Path, spill: _Spill, driver: parts.Tally) -> int:
                 spill.add(name or row.where, asdict(row))
         samed2d.class_names(root)
     except RowError as error:
-        raise DataError(f"{root.name}: {error.detail}: repair the file, or remove it to go by names alone") from None
+        raise DataError(
+            f"{root.name}: {error.detail}: repair the file, or remove it to go by names alone"
+        ) from None
     return total
 
 
@@ -316,7 +328,9 @@ def _write_quarantine(work: Path, out: Path, count: int) -> None:
     os.replace(beside, out / QUARANTINE)
 
 
-def _manifest(source: Source, given: dict, facts: list[dict], reasons: Counter, sides: dict) -> dict[str, Any]:
+def _manifest(
+    source: Source, given: dict, facts: list[dict], reasons: Counter, sides: dict
+) -> dict[str, Any]:
     tasks, modalities, splits = Counter(dict.fromkeys(TASKS, 0)), Counter[str](), Counter[str]()
     table: dict[str, Counter[str]] = {}
     for image in (image for fact in facts for image in fact["images"]):
@@ -344,9 +358,15 @@ def _manifest(source: Source, given: dict, facts: list[dict], reasons: Counter, 
     }
     if "masks" in given:
         targets = sum(fact["targets"] for fact in facts)
-        manifest["masks"] = {"in": given["masks"], "targets": targets, "quarantined": given["masks"] - targets}
+        manifest["masks"] = {
+            "in": given["masks"],
+            "targets": targets,
+            "quarantined": given["masks"] - targets,
+        }
     if records_in != records_out + quarantined + duplicates:
-        raise RuntimeError(f"rows were lost: {records_in} in, {records_out} + {quarantined} + {duplicates} out")
+        raise RuntimeError(
+            f"rows were lost: {records_in} in, {records_out} + {quarantined} + {duplicates} out"
+        )
     return manifest
 
 

@@ -1,13 +1,16 @@
-"""SA-Med2D folders (images and masks) as records of all four tasks, for those who have no question/answer files.
+"""SA-Med2D folders (images and masks) as records of all four tasks, for those who have no question/answer
+files.
 
 Decisions:
 - ``SAMed2D_v1.json`` says which masks belong to which image; without it the names do
   (``{image stem}--{class}_{instance}.png``), and a mask without its image is quarantined.
-- Class names come from ``SAMed2D_v1_class_mapping_id.json``; without that file an object is called "structure 3".
-- A mask's box is the box of all its foreground. Several masks of one class in an image are one VG question whose answer
-  lists every box, left to right.
+- Class names come from ``SAMed2D_v1_class_mapping_id.json``; without that file an object is called "structure
+  3".
+- A mask's box is the box of all its foreground. Several masks of one class in an image are one VG question
+  whose answer lists every box, left to right.
 - ROC is not asked about a box that two names share: it would have two answers.
-- Every mask is either a target or one row of the quarantine: wrong size, empty, inverted (background marked), full.
+- Every mask is either a target or one row of the quarantine: wrong size, empty, inverted (background marked),
+  full.
 - What the templates leave open is drawn from (seed, image name), so an image asks the same on any worker.
 """
 
@@ -150,14 +153,18 @@ def read_mask(root: Path, mask: str, width: int, height: int, limits: Limits) ->
         image = Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",))
         if image.size != (width, height):  # before any pixel is decoded: the image's size is within the limit
             raise RowError("mask_wrong_size", f"{image.width} x {image.height}, the image {width} x {height}")
-        pixels = np.asarray(image.convert("L") if image.mode not in ("1", "L", "P", "I;16", "I") else image) > 0
+        pixels = (
+            np.asarray(image.convert("L") if image.mode not in ("1", "L", "P", "I;16", "I") else image) > 0
+        )
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RowError):
             raise
         raise RowError("mask_unreadable", str(error)[:120]) from None
     share, border = float(pixels.mean()), np.r_[pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     if share > 0.5 and border.mean() > 0.99:
-        raise RowError("mask_inverted" if share < 1 else "mask_full", f"{share:.0%} of the image, all of its border")
+        raise RowError(
+            "mask_inverted" if share < 1 else "mask_full", f"{share:.0%} of the image, all of its border"
+        )
     if share > FULL:
         raise RowError("mask_full", f"{share:.0%} of the image")
     box = mask_box(pixels)

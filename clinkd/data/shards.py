@@ -1,4 +1,5 @@
-"""Prepared data as everyone reads it: ``manifest.json``, ``shards/part-*.parquet``, one row per image with its turns.
+"""Prepared data as everyone reads it: ``manifest.json``, ``shards/part-*.parquet``, one row per image with
+its turns.
 
 Decisions:
 - The manifest is written last: a folder without one is not prepared, whatever else it holds.
@@ -26,7 +27,9 @@ def schema() -> Any:
     """The Arrow schema of a shard."""
     import pyarrow as pa
 
-    turn = pa.struct([("task", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("trusted", pa.bool_())])
+    turn = pa.struct(
+        [("task", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("trusted", pa.bool_())]
+    )
     return pa.schema(
         [
             ("id", pa.string()),
@@ -93,7 +96,7 @@ def iter_rows(
 
 
 def samples(data: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
-    """Streams samples without pixels: sample, id, image, modality, split, turn, task, question, answer, trusted."""
+    """Streams samples, no pixels: sample, id, image, modality, split, turn, and the turn's own fields."""
     for row in iter_rows(data, split, columns=LIGHT):
         for number, turn in enumerate(row["turns"]):
             yield {
@@ -113,7 +116,8 @@ def images(data: Path, names: Collection[str]) -> dict[str, bytes]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted, found = set(names), {}
+    wanted = set(names)
+    found: dict[str, bytes] = {}
     for path in shard_paths(data):
         if not wanted - found.keys():
             break
@@ -123,6 +127,8 @@ def images(data: Path, names: Collection[str]) -> dict[str, bytes]:
                 if not wanted.intersection(listed.to_pylist()):
                     continue
                 table = file.read_row_group(group, columns=["image", "png"])
-                table = table.filter(pc.is_in(table["image"], value_set=pa.array(sorted(wanted), pa.string())))
+                table = table.filter(
+                    pc.is_in(table["image"], value_set=pa.array(sorted(wanted), pa.string()))
+                )
                 found.update(zip(table["image"].to_pylist(), table["png"].to_pylist(), strict=True))
     return found

@@ -2,9 +2,10 @@
 
 Decisions:
 - A case (the patient part of a name) goes to one side whole, whatever modalities it was imaged with.
-- The order in which cases go to test is a hash of (seed, case): it does not depend on what else is in the data.
-- Each modality gives its share, at least one case to each side where it has two; the rounding carries over from one
-  modality to the next, so that the whole comes out at the fraction asked for.
+- The order in which cases go to test is a hash of (seed, case): it does not depend on what else is in the
+  data.
+- Each modality gives its share, at least one case to each side where it has two; the rounding carries over
+  from one modality to the next, so that the whole comes out at the fraction asked for.
 - Two cases are enough for a test side, even where no modality has two.
 """
 

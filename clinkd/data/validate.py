@@ -1,14 +1,14 @@
 """Row checks: what may enter a shard, and the stable reason code of what may not.
 
 Decisions:
-- A bad row raises ``RowError(code, detail)`` (boxes raise ``BoxError``, which has a code too); whoever reads the row
-  writes it to the quarantine. A code, once published in ``REASONS``, keeps its name.
-- A question/answer pair is checked alone: one bad turn does not take the image's other turns along. What is wrong with
-  the image (missing, truncated, too large) takes all of them.
-- Nothing is repaired silently, except what every reader of Med-GRIT takes away: the ``Picture 1: <img>..</img>`` prefix,
-  ``<image>``, ``<ref>`` marks, and Qwen's spelling of ``<box>``.
-- An image is decoded once, fully: a header alone does not show a truncated file. The size is read from the header
-  before any pixel is decoded, so a decompression bomb costs nothing.
+- A bad row raises ``RowError(code, detail)`` (boxes raise ``BoxError``, which has a code too); whoever reads
+  the row writes it to the quarantine. A code, once published in ``REASONS``, keeps its name.
+- A question/answer pair is checked alone: one bad turn does not take the image's other turns along. What is
+  wrong with the image (missing, truncated, too large) takes all of them.
+- Nothing is repaired silently, except what every reader of Med-GRIT takes away: the ``Picture 1:
+  <img>..</img>`` prefix, ``<image>``, ``<ref>`` marks, and Qwen's spelling of ``<box>``.
+- An image is decoded once, fully: a header alone does not show a truncated file. The size is read from the
+  header before any pixel is decoded, so a decompression bomb costs nothing.
 """
 
 from __future__ import annotations
@@ -122,13 +122,15 @@ def clean_text(value: object, limits: Limits) -> str:
 
 
 def infer_task(question: str, answer: str) -> str:
-    """The task of a pair from its boxes: a box asked for (vg), asked about (roc: up to four words, else rc), or none (mia)."""
+    """A pair's task from its boxes: asked for (vg), asked about (roc to four words, else rc), none (mia)."""
     if "<box>" in question:
         return "roc" if len(_BOX.sub(" ", answer).split()) <= 4 else "rc"
     return "vg" if "<box>" in answer else "mia"
 
 
-def check_turn(question: object, answer: object, task: str | None = None, limits: Limits | None = None) -> Turn:
+def check_turn(
+    question: object, answer: object, task: str | None = None, limits: Limits | None = None
+) -> Turn:
     """One question/answer pair as a ``Turn``.
 
     Args:
@@ -151,7 +153,7 @@ def check_turn(question: object, answer: object, task: str | None = None, limits
 
 
 def contradictions(turns: list[Turn]) -> set[tuple[str, str]]:
-    """(task, question) of VG and ROC questions that got different answers; captions may differ and both be true."""
+    """(task, question) of VG and ROC questions with different answers; captions may differ and both be true."""
     answers: dict[tuple[str, str], set[str]] = {}
     for turn in turns:
         if turn.task in ("vg", "roc"):
@@ -183,10 +185,12 @@ def check_name(name: str) -> str:
 
 
 def resolve(root: Path, name: str) -> Path:
-    """The file ``name`` (a relative path with ``/``) under ``root``; a leading folder named like ``root`` may be left out.
+    """The file ``name`` (a relative path with ``/``) under ``root``; a leading folder named like ``root`` may
+    be left out.
 
     Raises:
-        RowError: path_escape for absolute paths, ``..`` and links that lead out of ``root``; missing_image where there
+        RowError: path_escape for absolute paths, ``..`` and links that lead out of ``root``; missing_image
+        where there
             is no such file; those of ``check_name``.
     """
     check_name(name)
@@ -237,7 +241,11 @@ def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, i
         try:
             image.load()
         except (OSError, ValueError, SyntaxError, EOFError) as error:
-            code = "truncated" if "truncated" in str(error) or "end" in str(error).lower() else "unreadable_image"
+            code = (
+                "truncated"
+                if "truncated" in str(error) or "end" in str(error).lower()
+                else "unreadable_image"
+            )
             raise RowError(code, str(error)[:120]) from None
     if data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]:
         raise RowError("truncated", "no end of the PNG")
