@@ -38,8 +38,8 @@ from clinkd.data.validate import (
 ROW_GROUP = 64
 """Images per Parquet row group: what a streaming reader holds at once."""
 
-Good = tuple[Record, bytes, int, int]
-"""A record that passed, its image's bytes, width and height."""
+Good = tuple[Record, bytes, tuple[int, int], str, list[str]]
+"""A record that passed, its image's bytes, (width, height), where it stood, and the masks it was made of."""
 
 
 class Tally:
@@ -47,12 +47,13 @@ class Tally:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8")
-        self.duplicates = 0
+        self.duplicates = self.masks = 0
         self.by_reason: Counter[str] = Counter()
 
     def refuse(self, error: RowError | BoxError, **row: Any) -> None:
         code, detail = reason(error)
         self.by_reason[code] += 1
+        self.masks += bool(row.get("mask"))
         self._file.write(json.dumps({"reason": code, "detail": detail, **row}) + "\n")
 
     def close(self) -> None:
@@ -67,19 +68,22 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         needs.
 
     Returns:
-        ``part``, ``images`` (image, modality, case, samples by task), ``duplicates``, ``by_reason``,
-        ``targets``.
+        ``part``, ``duplicates``, ``by_reason`` and ``images``, for each its id, image, modality, case, where
+        in the source it stood, samples by task (``tasks``) and ``masks``; ``refused_masks`` counts.
     """
     work, number = Path(job["work"]), job["part"]
     tally = Tally(work / f"quarantine-{number:05d}.jsonl")
     reader = {"phantoms": _phantoms, "medgrit": _medgrit, "samed2d": _samed2d}[job["kind"]]
-    facts: dict[str, Any] = {"part": number, "images": [], "targets": 0}
+    facts: dict[str, Any] = {"part": number, "images": []}
 
     def rows() -> Iterator[dict[str, Any]]:
-        for record, png, width, height in reader(job, tally, facts):
+        for record, png, (width, height), where, masks in reader(job, tally):
             facts["images"].append(
                 {
+                    "id": record.id,
                     "image": record.image,
+                    "where": where,
+                    "masks": masks,
                     "modality": record.modality,
                     "case": case_of(record.image),
                     "tasks": Counter(turn.task for turn in record.turns),
@@ -91,22 +95,27 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
     _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
     tally.close()
-    return facts | {"duplicates": tally.duplicates, "by_reason": tally.by_reason}
+    return facts | {
+        "duplicates": tally.duplicates,
+        "by_reason": tally.by_reason,
+        "refused_masks": tally.masks,
+    }
 
 
 def write(job: dict[str, Any]) -> dict[str, Any]:
-    """Second pass: the shard of a checked part, given each row's side; returns name, rows and sha256."""
+    """Second pass: the shard of a checked part, given each kept row's side; returns name, rows, sha256."""
     import pyarrow.parquet as pq
 
     name = f"part-{job['part']:05d}.parquet"
     path = Path(job["shards"]) / name
-    splits = iter(job["splits"])
+    sides, dropped = iter(job["sides"]), set(job["dropped"])
 
     def rows() -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(Path(job["work"]) / f"checked-{job['part']:05d}.parquet") as file:
-            for batch in file.iter_batches(batch_size=ROW_GROUP):
-                for row in batch.to_pylist():
-                    yield row | {"split": next(splits)}
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=ROW_GROUP))
+            for place, row in enumerate(row for batch in batches for row in batch):
+                if place not in dropped:
+                    yield row | {"split": next(sides)}
 
     count = _write_parquet(rows(), path)
     with path.open("rb") as file:
@@ -141,29 +150,35 @@ def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> int:
     return count
 
 
+def spelling(image: str, root: Path) -> str:
+    """One spelling of an image's path for "x.png", "./x.png" and "images/x.png" under ``root`` = images/."""
+    return image.removeprefix("./").removeprefix(f"{root.name}/")
+
+
 def _job_rows(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     with open(job["rows"], encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
-def _phantoms(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterator[Good]:
+def _phantoms(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
     spec = phantoms.PhantomSpec(**job["spec"])
     for index in range(*job["indices"]):
         png, record = phantoms.draw(spec, index)
-        yield record, png, spec.size, spec.size
+        yield record, png, (spec.size, spec.size), f"phantom {index}", []
 
 
-def _medgrit(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterator[Good]:
+def _medgrit(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
     """Entries about one image become one record, in the order they stood in the source."""
     root, limits = Path(job["root"]), Limits(**job["limits"])
     groups: dict[str, list[medgrit.Entry]] = {}
     for row in _job_rows(job):
-        groups.setdefault(row["image"].rsplit("/", 1)[-1], []).append(medgrit.Entry(**row))
-    for name, entries in groups.items():
+        groups.setdefault(spelling(row["image"], root), []).append(medgrit.Entry(**row))
+    for image, entries in groups.items():
+        name = image.rsplit("/", 1)[-1]
         try:
             path = resolve(root, entries[0].image)
             check_modality(name)
-            png, width, height = check_image(path, limits)
+            png, *size = check_image(path, limits)
         except RowError as error:
             for entry in entries:
                 for turn in range(entry.rows):
@@ -171,7 +186,7 @@ def _medgrit(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterat
             continue
         turns = _checked_turns(entries, limits, tally)
         if turns:
-            yield Record(entries[0].id, name, turns), png, width, height
+            yield Record(entries[0].id, name, turns), png, (size[0], size[1]), entries[0].where, []
 
 
 def _checked_turns(entries: list[medgrit.Entry], limits: Limits, tally: Tally) -> tuple[Turn, ...]:
@@ -196,7 +211,7 @@ def _checked_turns(entries: list[medgrit.Entry], limits: Limits, tally: Tally) -
     return tuple(kept)
 
 
-def _samed2d(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterator[Good]:
+def _samed2d(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
     root, limits = Path(job["root"]), Limits(**job["limits"])
     names = samed2d.class_names(root)
     for row in _job_rows(job):
@@ -206,7 +221,8 @@ def _samed2d(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterat
             if not image:
                 raise RowError("mask_orphan", "no image of that name")
             path = resolve(root, image)
-            check_modality(path.name)
+            name = image.rsplit("/", 1)[-1]
+            check_modality(name)
             png, width, height = check_image(path, limits)
             if not masks:
                 raise RowError("no_masks", image)
@@ -215,13 +231,14 @@ def _samed2d(job: dict[str, Any], tally: Tally, facts: dict[str, Any]) -> Iterat
                 tally.refuse(error, **place, mask=mask)
             continue
         objects: list[tuple[str, Box]] = []
+        good: list[str] = []
         for mask in masks:
             try:
-                objects.append(
-                    (samed2d.object_name(mask, names), samed2d.read_mask(root, mask, width, height, limits))
-                )
+                shown = samed2d.object_name(mask, names)
+                objects.append((shown, samed2d.read_mask(root, mask, width, height, limits)))
+                good.append(mask)
             except RowError as error:
                 tally.refuse(error, **place, mask=mask)
         if objects:
-            facts["targets"] += len(objects)
-            yield samed2d.record(path.name, objects, job["seed"]), png, width, height
+            record = samed2d.record(name, objects, job["seed"])
+            yield record, png, (width, height), where, good

@@ -20,92 +20,22 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clinkd.data import medgrit, parts, samed2d, split
+from clinkd.data import parts, split
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.records import TASKS
 from clinkd.data.shards import MANIFEST, QUARANTINE, SHARDS, DataError
+from clinkd.data.sources import Source, find_source, plan
 from clinkd.data.validate import Limits, RowError
 
 __all__ = ["DataError", "Source", "find_source", "prepare"]
 
 Progress = Callable[[str, int, int], None]
 """Called with ("check" | "write", parts done, parts in all)."""
-QA_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_BUFFERED = 20_000  # light rows held before they go to their parts' files
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the data come from: "phantoms", "medgrit" (``files``; ``root`` holds the images) or "samed2d"."""
-
-    kind: str
-    root: Path = Path()
-    files: tuple[Path, ...] = ()
-    phantoms: PhantomSpec | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """For the manifest: names only, so that the same data elsewhere make the same manifest."""
-        if self.phantoms is not None:
-            return {"kind": self.kind, **asdict(self.phantoms)}
-        if self.kind == "medgrit":
-            return {"kind": self.kind, "files": [path.name for path in self.files]}
-        return {"kind": self.kind, "name": self.root.resolve().name}
-
-
-def find_source(source: PhantomSpec | str | Path, images: Path | None = None) -> Source:
-    """What ``source`` is.
-
-    Args:
-        source: a ``PhantomSpec``; an SA-Med2D folder (``images/`` and ``masks/``); a folder with
-        question/answer files
-            and ``images/``; or one question/answer file, with ``images/`` beside it or given.
-
-    Raises:
-        DataError: it is none of them.
-    """
-    if isinstance(source, PhantomSpec):
-        if source.images < 1:
-            raise DataError(f"{source.images} phantoms were asked for: give data.images a number above 0")
-        return Source("phantoms", phantoms=source)
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"no file or folder {path}: check data.source (--source)")
-    if images is not None and not Path(images).is_dir():
-        raise DataError(f"no folder {images}: check data.images_dir (--images)")
-    if path.is_file():
-        if path.suffix.lower() not in QA_SUFFIXES:
-            raise DataError(
-                f"{path} is not {', '.join(QA_SUFFIXES)}: give a question/answer file or a folder"
-            )
-        return Source("medgrit", _images_beside(path.parent, images), (path,))
-    if images is None and samed2d.is_folder(path):
-        return Source("samed2d", path)
-    files = tuple(
-        file
-        for file in sorted(path.iterdir())
-        if file.suffix.lower() in QA_SUFFIXES
-        and file.is_file()
-        and not file.name.startswith(("SAMed2D_v1", "."))
-    )
-    if not files:
-        raise DataError(
-            f"{path} holds neither images/ with masks/ nor a question/answer file: give a folder with both, "
-            f"or with {', '.join(QA_SUFFIXES)} beside images/"
-        )
-    return Source("medgrit", _images_beside(path, images), files)
-
-
-def _images_beside(folder: Path, images: Path | None) -> Path:
-    found = Path(images) if images is not None else folder / "images"
-    if not found.is_dir():
-        raise DataError(f"no images beside the questions ({found} is not a folder): give it with --images")
-    return found
 
 
 def prepare(
@@ -142,31 +72,18 @@ def prepare(
     work = _fresh(out)
     driver = parts.Tally(work / "quarantine-driver.jsonl")
     base = {"kind": found.kind, "work": str(work), "seed": seed, "limits": asdict(limits or Limits())}
-    jobs, given = _plan(found, base, images_per_shard, driver)
-    driver.close()
+    jobs, given = plan(found, base, images_per_shard, driver)
     facts = sorted(_run(parts.check, jobs, cpus, "check", progress), key=lambda fact: fact["part"])
+    _drop_repeated(facts, driver)
+    driver.close()
     _write_quarantine(work, out, len(jobs))
     reasons = sum((Counter(fact["by_reason"]) for fact in facts), Counter(driver.by_reason))
-    if strict and reasons:
-        with (out / QUARANTINE).open() as file:
-            raise DataError(f"strict: {_one_line(json.loads(file.readline()))}")
-    kept = [image for fact in facts for image in fact["images"]]
-    if not kept:
-        raise DataError(f"no usable image in {_name(found)}{_why(reasons)}: see {out / QUARANTINE}")
-    sides = _split(kept, seed, test_fraction)
-    writes = [
-        {
-            "part": fact["part"],
-            "work": str(work),
-            "shards": str(out / SHARDS),
-            "splits": [sides[image["case"]] for image in fact["images"]],
-        }
-        for fact in facts
-        if fact["images"]
-    ]
-    shards = sorted(_run(parts.write, writes, cpus, "write", progress), key=lambda shard: shard["name"])
-    manifest = _manifest(found, given, facts, reasons, sides) | {"seed": seed, "test_fraction": test_fraction}
-    manifest["shards"] = shards
+    _complain(found, out, reasons, any(fact["images"] for fact in facts), strict)
+    sides = _split(facts, seed, test_fraction)
+    shards = _run(parts.write, _write_jobs(facts, sides, work, out), cpus, "write", progress)
+    manifest = _manifest(found, given | {"refused_masks": driver.masks}, facts, reasons, sides)
+    manifest |= {"seed": seed, "test_fraction": test_fraction}
+    manifest["shards"] = sorted(shards, key=lambda shard: shard["name"])
     _commit(manifest, out)
     shutil.rmtree(work, ignore_errors=True)
     return manifest
@@ -180,95 +97,6 @@ def _fresh(out: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     return work
-
-
-def _plan(source: Source, base: dict, size: int, driver: parts.Tally) -> tuple[list[dict], dict[str, int]]:
-    """The parts' jobs, and what the source gave as counted here: ``rows`` (pairs) or ``masks``."""
-    if source.phantoms is not None:
-        total = source.phantoms.images
-        spans = [(start, min(start + size, total)) for start in range(0, total, size)]
-        return [
-            base | {"part": n, "spec": asdict(source.phantoms), "indices": s} for n, s in enumerate(spans)
-        ], {}
-    spill = _Spill(Path(base["work"]), size)
-    if source.kind == "samed2d":
-        given = {"masks": _route_masked(source.root, spill, driver)}
-    else:
-        given = {"rows": _route_entries(source, spill, driver)}
-    spill.flush()
-    rows = [
-        base | {"part": n, "rows": str(path), "root": str(source.root)} for n, path in enumerate(spill.paths)
-    ]
-    return [job | {"root": str(source.root.absolute())} for job in rows], given
-
-
-class _Spill:
-    """Rows to their image's part: numbered in order of first appearance, ``size`` images are a part."""
-
-    def __init__(self, work: Path, size: int) -> None:
-        self.work, self.size = work, size
-        self.numbers: dict[str, int] = {}
-        self.paths: list[Path] = []
-        self._held: dict[int, list[str]] = {}
-        self._count = 0
-
-    def add(self, image: str, row: dict[str, Any]) -> None:
-        part = self.numbers.setdefault(image, len(self.numbers)) // self.size
-        if part == len(self.paths):
-            self.paths.append(self.work / f"rows-{part:05d}.jsonl")
-        self._held.setdefault(part, []).append(json.dumps(row) + "\n")
-        self._count += 1
-        if self._count >= _BUFFERED:
-            self.flush()
-
-    def flush(self) -> None:
-        for part, lines in self._held.items():
-            with self.paths[part].open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        self._held, self._count = {}, 0
-
-
-def _route_entries(source: Source, spill: _Spill, driver: parts.Tally) -> int:
-    """Sends entries to parts by image name; returns the number of pairs in the source."""
-    spellings: dict[str, str] = {}
-    ids: dict[str, str] = {}
-    total = 0
-    for entry in (entry for file in source.files for entry in medgrit.read(file)):
-        total += entry.rows
-        name = entry.image.rsplit("/", 1)[-1]
-        spelling = entry.image.removeprefix("./").removeprefix(f"{source.root.name}/")
-        error = RowError(entry.reason, entry.detail) if entry.reason else None
-        if error is None and spellings.setdefault(name, spelling) != spelling:
-            error = RowError("ambiguous_image", f"{spelling[:120]!r} and {spellings[name][:120]!r}")
-        if error is None and ids.setdefault(entry.id, name) != name:
-            error = RowError("duplicate_id", f"{entry.id[:120]!r} is the id of {ids[entry.id][:120]!r}")
-        if error is None:
-            spill.add(name, asdict(entry))
-            continue
-        for turn in range(entry.rows):
-            driver.refuse(error, where=entry.where, id=entry.id, image=entry.image, turn=turn)
-    return total
-
-
-def _route_masked(root: Path, spill: _Spill, driver: parts.Tally) -> int:
-    """Sends images with their masks to parts; returns the number of masks in the source."""
-    total = 0
-    try:
-        for row in samed2d.read(root):
-            total += len(row.masks)
-            name = row.image.rsplit("/", 1)[-1]
-            if name and name in spill.numbers:
-                error = RowError("duplicate_id", f"{name[:120]!r} is listed twice")
-                for mask in row.masks or (None,):
-                    driver.refuse(error, where=row.where, image=row.image, mask=mask)
-            else:
-                spill.add(name or row.where, asdict(row))
-        samed2d.class_names(root)
-    except RowError as error:
-        raise DataError(
-            f"{root.name}: {error.detail}: repair the file, or remove it to go by names alone"
-        ) from None
-    return total
 
 
 def _run(
@@ -312,11 +140,64 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _split(kept: Iterable[dict[str, Any]], seed: int, test_fraction: float) -> dict[str, str]:
+def _drop_repeated(facts: list[dict], driver: parts.Tally) -> None:
+    """Takes out images whose file name or id an earlier one has; ``dropped`` are their rows in the part.
+
+    Only now, among images that passed: a broken row must not take the place of a good one.
+    """
+    names: set[str] = set()
+    ids: set[str] = set()
+    for fact in facts:
+        kept, fact["dropped"] = [], []
+        for place, image in enumerate(fact["images"]):
+            code = (
+                "ambiguous_image" if image["image"] in names else "duplicate_id" if image["id"] in ids else ""
+            )
+            if code:
+                fact["dropped"].append(place)
+                error = RowError(code, f"{image['image'][:120]!r}, id {image['id'][:120]!r}")
+                for mask in image["masks"] or [None] * sum(image["tasks"].values()):
+                    row = {"where": image["where"], "id": image["id"], "image": image["image"]}
+                    driver.refuse(error, **row, mask=mask)
+            else:
+                kept.append(image)
+            names.add(image["image"])
+            ids.add(image["id"])
+        fact["images"] = kept
+
+
+def _complain(source: Source, out: Path, reasons: Counter[str], usable: bool, strict: bool) -> None:
+    if strict and reasons:
+        with (out / QUARANTINE).open() as file:
+            row = json.loads(file.readline())
+        raise DataError(
+            f"strict: {row['reason']} at {row['where']} ({row['detail']}): repair it or leave strict out"
+        )
+    if not usable:
+        listed = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3)) or "it is empty"
+        name = ", ".join(str(path) for path in source.files) or str(source.root)
+        raise DataError(f"no usable image in {name} ({listed}): see {out / QUARANTINE}")
+
+
+def _split(facts: list[dict], seed: int, test_fraction: float) -> dict[str, str]:
     cases: dict[str, set[str]] = {}
-    for image in kept:
+    for image in (image for fact in facts for image in fact["images"]):
         cases.setdefault(image["case"], set()).add(image["modality"])
     return split.assign(cases, seed=seed, test_fraction=test_fraction)
+
+
+def _write_jobs(facts: list[dict], sides: dict[str, str], work: Path, out: Path) -> list[dict]:
+    return [
+        {
+            "part": fact["part"],
+            "work": str(work),
+            "shards": str(out / SHARDS),
+            "sides": [sides[image["case"]] for image in fact["images"]],
+            "dropped": fact["dropped"],
+        }
+        for fact in facts
+        if fact["images"]
+    ]
 
 
 def _write_quarantine(work: Path, out: Path, count: int) -> None:
@@ -357,12 +238,11 @@ def _manifest(
         "images_by_modality": {name: dict(table[name]) for name in sorted(table)},
     }
     if "masks" in given:
-        targets = sum(fact["targets"] for fact in facts)
-        manifest["masks"] = {
-            "in": given["masks"],
-            "targets": targets,
-            "quarantined": given["masks"] - targets,
-        }
+        targets = sum(len(image["masks"]) for fact in facts for image in fact["images"])
+        refused = given["refused_masks"] + sum(fact["refused_masks"] for fact in facts)
+        manifest["masks"] = {"in": given["masks"], "targets": targets, "quarantined": refused}
+        if given["masks"] != targets + refused:
+            raise RuntimeError(f"masks were lost: {given['masks']} in, {targets} + {refused} out")
     if records_in != records_out + quarantined + duplicates:
         raise RuntimeError(
             f"rows were lost: {records_in} in, {records_out} + {quarantined} + {duplicates} out"
@@ -374,16 +254,3 @@ def _commit(manifest: dict[str, Any], out: Path) -> None:
     beside = out / f".{MANIFEST}.tmp"
     beside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, out / MANIFEST)
-
-
-def _name(source: Source) -> str:
-    return ", ".join(str(path) for path in source.files) or str(source.root)
-
-
-def _why(reasons: Counter[str]) -> str:
-    listed = ", ".join(f"{count} {code}" for code, count in islice(reasons.most_common(), 3))
-    return f" ({listed})" if listed else " (it is empty)"
-
-
-def _one_line(row: dict[str, Any]) -> str:
-    return f"{row['reason']} at {row.get('where')}: {row['detail']}: repair the row or prepare without strict"

@@ -153,7 +153,7 @@ def check_turn(
 
 
 def contradictions(turns: list[Turn]) -> set[tuple[str, str]]:
-    """(task, question) of VG and ROC questions with different answers; captions may differ and both be true."""
+    """(task, question) of VG and ROC pairs with different answers; captions may differ and both be true."""
     answers: dict[tuple[str, str], set[str]] = {}
     for turn in turns:
         if turn.task in ("vg", "roc"):
