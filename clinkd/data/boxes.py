@@ -76,7 +76,7 @@ def _parse_span(span: str) -> Box:
 
 
 def pixels_to_grid(box: Sequence[float], width: int, height: int) -> Box:
-    """Pixel corners (right and bottom exclusive) to the nearest grid steps, at least one step wide: error <= 1."""
+    """Pixel corners (right, bottom exclusive) to the nearest grid steps, at least one wide; error <= 1."""
     x1, x2 = _span(box[0] * GRID / width, box[2] * GRID / width)
     y1, y2 = _span(box[1] * GRID / height, box[3] * GRID / height)
     return x1, y1, x2, y2

@@ -64,6 +64,7 @@ REASONS = {
 }
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PREFIX = re.compile(r"^\s*(?:Picture \d+:\s*)?<img>(.*?)</img>[ \t]*\n?", re.S)
 _MARKS = re.compile(r"</?ref>|<\|object_ref_(?:start|end)\|>|<image>\n?")
 _SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
@@ -107,12 +108,13 @@ def clean_text(value: object, limits: Limits) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("invalid_utf8", f"a lone surrogate at character {error.start}") from None
-    text = from_qwen(_MARKS.sub("", _PREFIX.sub("", value))).replace("\r\n", "\n").strip()
+    text = from_qwen(_MARKS.sub("", _PREFIX.sub("", value))).replace("\r\n", "\n")
     if len(text) > limits.max_chars:
         raise RowError("too_long", f"{len(text)} characters, at most {limits.max_chars}")
     control = _CONTROL.search(text)
     if control:
         raise RowError("control_characters", f"U+{ord(control.group()):04X} at character {control.start()}")
+    text = text.strip()  # only now: stripping takes some control characters along
     special = _SPECIAL.search(text)
     if special:
         raise RowError("special_token", special.group())
@@ -236,25 +238,24 @@ def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, i
         except Image.DecompressionBombError as error:
             raise RowError("bomb", str(error)[:120]) from None
         except (OSError, ValueError, SyntaxError) as error:
-            raise RowError(_open_code(data), str(error)[:120].replace(repr(data), "")) from None
+            raise RowError(_broken(data, ""), type(error).__name__) from None
         _check_header(image.size, image.mode, limits)
         try:
             image.load()
         except (OSError, ValueError, SyntaxError, EOFError) as error:
-            code = (
-                "truncated"
-                if "truncated" in str(error) or "end" in str(error).lower()
-                else "unreadable_image"
-            )
-            raise RowError(code, str(error)[:120]) from None
-    if data.startswith(b"\x89PNG") and b"IEND" not in data[-4096:]:
+            raise RowError(_broken(data, str(error)), str(error)[:120]) from None
+    if (
+        data.startswith(_PNG) and _broken(data, "") == "truncated"
+    ):  # the decoder does not miss a PNG's last chunk
         raise RowError("truncated", "no end of the PNG")
     return data, image.width, image.height
 
 
-def _open_code(data: bytes) -> str:
-    known = data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
-    return "truncated" if known and len(data) < 64 else "unreadable_image"
+def _broken(data: bytes, message: str) -> str:
+    """The code of a file that does not decode: truncated where its format's end marker is missing."""
+    cut = data.startswith(_PNG) and b"IEND" not in data[-4096:]
+    cut |= data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data[-4096:]
+    return "truncated" if cut or "truncated" in message else "unreadable_image"
 
 
 def _check_header(size: tuple[int, int], mode: str, limits: Limits) -> None:

@@ -27,7 +27,10 @@ def boxes(draw: st.DrawFn, width: int = GRID, height: int = GRID) -> tuple[int, 
     return x1, y1, draw(st.integers(x1 + 1, width)), draw(st.integers(y1 + 1, height))
 
 
-@given(st.lists(boxes(), max_size=4), st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=20))
+@given(
+    st.lists(boxes(), max_size=4),
+    st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=20),
+)
 def test_what_is_written_is_read_back(listed: list, between: str) -> None:
     text = between.join(["", *(format_box(box) for box in listed), ""])
     assert parse_boxes(text) == listed
@@ -42,7 +45,9 @@ def test_pixels_to_grid_and_back_is_within_one_grid_step(data: st.DataObject) ->
     grid = pixels_to_grid(pixels, width, height)
     assert 0 <= grid[0] < grid[2] <= GRID and 0 <= grid[1] < grid[3] <= GRID
     assert parse_boxes(format_box(grid)) == [grid]
-    for exact, back, side in zip(pixels, grid_to_pixels(grid, width, height), (width, height) * 2, strict=True):
+    for exact, back, side in zip(
+        pixels, grid_to_pixels(grid, width, height), (width, height) * 2, strict=True
+    ):
         assert abs(exact - back) <= side / GRID + 1e-9
 
 

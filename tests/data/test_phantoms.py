@@ -13,7 +13,7 @@ from PIL import Image
 
 from clinkd.data import medgrit
 from clinkd.data.boxes import iou, parse_boxes
-from clinkd.data.phantoms import MAX_SIDE, MIN_SIDE, NAMES, PhantomSpec, draw, image_name, write_source
+from clinkd.data.phantoms import LOOKS, MAX_SIDE, MIN_SIDE, NAMES, PhantomSpec, draw, image_name, write_source
 from clinkd.data.records import MODALITIES, Record, modality_of
 from clinkd.data.validate import check_turn
 
@@ -41,16 +41,18 @@ def test_all_modalities_names_and_tasks_are_there(drawn: list) -> None:
         assert tasks["vg"] == tasks["roc"] >= 3 and tasks["rc"] == tasks["mia"] == 1
 
 
-def test_images_decode_at_their_size_and_each_modality_has_its_look(drawn: list) -> None:
-    looks: dict[str, list[np.ndarray]] = {}
-    for png, record in drawn[:64]:
+def test_images_decode_at_their_size(drawn: list) -> None:
+    for png, _ in drawn[:8]:
         image = Image.open(io.BytesIO(png))
+        image.load()
         assert image.size == (64, 64) and image.mode == "RGB"
-        pixels = np.asarray(image).astype(float)
-        grain = np.abs(np.diff(pixels[..., 0], axis=1)).mean()
-        looks.setdefault(record.modality, []).append(np.array([*pixels.mean((0, 1)), 5 * grain]))
-    means = [np.mean(looks[name], axis=0) for name in MODALITIES]
-    assert min(np.abs(a - b).max() for place, a in enumerate(means) for b in means[:place]) > 8
+
+
+def test_each_modality_looks_at_the_same_anatomy_in_its_own_way() -> None:
+    tone = np.zeros((64, 64), np.float32)
+    tone[10:30, 20:40] = 0.8
+    looks = [LOOKS[name](tone, tone > 0, np.random.default_rng(0)).astype(float) for name in MODALITIES]
+    assert min(np.abs(a - b).mean() for place, a in enumerate(looks) for b in looks[:place]) > 8
 
 
 def test_boxes_are_within_the_promised_sizes_and_apart(drawn: list) -> None:
@@ -86,7 +88,9 @@ def test_the_written_source_reads_back_as_the_same_records(tmp_path: Path) -> No
         assert (entry.id, entry.image) == (record.id, record.image)
         assert tuple(check_turn(*pair) for pair in entry.pairs) == record.turns
         assert (tmp_path / "images" / entry.image).read_bytes() == png
-    assert json.loads((tmp_path / "medgrit.json").read_text())[0]["conversations"][0][0].startswith("Picture 1: <img>")
+    assert json.loads((tmp_path / "medgrit.json").read_text())[0]["conversations"][0][0].startswith(
+        "Picture 1: <img>"
+    )
 
 
 def test_names_are_sa_med2d_names() -> None:

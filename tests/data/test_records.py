@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from clinkd.data.records import MODALITIES, MODALITY_NAMES, TASK_NAMES, TASKS, Record, case_of, modality_of, sample_id
+from clinkd.data.records import (
+    MODALITIES,
+    MODALITY_NAMES,
+    TASK_NAMES,
+    TASKS,
+    Record,
+    case_of,
+    modality_of,
+    sample_id,
+)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,17 @@ def test_the_four_turns_as_written() -> None:
     assert locate("liver", [BOX], name_first=True).answer == (
         "The liver is located at the <box>(100,200),(300,400)</box>."
     )
-    assert locate("liver", [BOX], name_first=False).answer == "<box>(100,200),(300,400)</box> shows the liver."
+    assert (
+        locate("liver", [BOX], name_first=False).answer == "<box>(100,200),(300,400)</box> shows the liver."
+    )
     assert identify("left kidney", BOX).answer == "Left kidney"
     assert caption("liver", BOX).answer == (
         "This region contains the liver, a small structure in the upper left of the image."
     )
     scene = describe_scene("CT", [("spleen", (600, 0, 900, 300)), ("liver", BOX)])
     assert scene.answer == (
-        "The CT image displays, from left to right, the liver and the spleen. It shows the spleen as the largest."
+        "The CT image displays, from left to right, the liver and the spleen. "
+        "It shows the spleen as the largest."
     )
 
 
