@@ -46,7 +46,8 @@ class Tally:
     """What a part refused: one quarantine line per question/answer pair or mask, and the counts."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path, self._beside = path, _beside(path)
+        self._file = self._beside.open("w", encoding="utf-8")
         self.duplicates = self.masks = 0
         self.by_reason: Counter[str] = Counter()
 
@@ -58,6 +59,12 @@ class Tally:
 
     def close(self) -> None:
         self._file.close()
+        os.replace(self._beside, self._path)
+
+
+def _beside(path: Path) -> Path:
+    """Where ``path`` is written until whole; this process's own, as a killed run's tasks may still live."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, group, beside = 0, [], path.with_name(f".{path.name}.tmp")
+    count, group, beside = 0, [], _beside(path)
     options = {"compression": "zstd", "use_dictionary": ["modality", "split"]}
     with pq.ParquetWriter(beside, schema(), **options) as writer:
         for row in rows:
