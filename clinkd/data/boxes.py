@@ -1,6 +1,7 @@
 """Boxes: the 0-1000 grid in and out of text and pixels, and overlap.
 
-Text carries ``<box>(x1,y1),(x2,y2)</box>``; Qwen2-VL's tokenizer has ``<|box_start|>`` and ``<|box_end|>`` for the same.
+Text carries ``<box>(x1,y1),(x2,y2)</box>``; Qwen2-VL's tokenizer has ``<|box_start|>`` and ``<|box_end|>``
+for the same.
 """
 
 from __future__ import annotations
@@ -75,11 +76,18 @@ def _parse_span(span: str) -> Box:
 
 
 def pixels_to_grid(box: Sequence[float], width: int, height: int) -> Box:
-    """Pixel corners (right and bottom exclusive) to the grid; at least one grid step wide, error at most one step."""
-    x1, x2 = (round(GRID * value / width) for value in (box[0], box[2]))
-    y1, y2 = (round(GRID * value / height) for value in (box[1], box[3]))
-    x1, y1 = min(max(x1, 0), GRID - 1), min(max(y1, 0), GRID - 1)
-    return x1, y1, min(max(x2, x1 + 1), GRID), min(max(y2, y1 + 1), GRID)
+    """Pixel corners (right, bottom exclusive) to the nearest grid steps, at least one wide; error <= 1."""
+    x1, x2 = _span(box[0] * GRID / width, box[2] * GRID / width)
+    y1, y2 = _span(box[1] * GRID / height, box[3] * GRID / height)
+    return x1, y1, x2, y2
+
+
+def _span(low: float, high: float) -> tuple[int, int]:
+    first, last = (min(max(round(value), 0), GRID) for value in (low, high))
+    if first < last:
+        return first, last
+    # Both ends met in one step: widen to the side from which the rounding took.
+    return (first - 1, first) if first == GRID or first > max(low, 0) else (first, first + 1)
 
 
 def grid_to_pixels(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:

@@ -1,8 +1,10 @@
-"""Phantoms: drawn images of the eight modalities with their questions, so that everything runs with no data at all.
+"""Phantoms: drawn images of the eight modalities with their questions, so that everything runs with no data
+at all.
 
 Decisions:
-- What an object *is* shows in its shape and inner structure, never in its place: places are uniform. Left and right of
-  a pair are mirror images of one shape (a kidney's hilum faces the midline), so laterality has to be seen.
+- What an object *is* shows in its shape and inner structure, never in its place: places are uniform. Left and
+  right of a pair are mirror images of one shape (a kidney's hilum faces the midline), so laterality has to be
+  seen.
 - Each modality has a look of its own (field of view, texture, noise, contrast), laid over the same anatomy.
 - The wording of an answer follows from the wording of the question: nothing in an answer is left to chance.
 - The drawing of image i depends on (seed, i) alone, so any part can be drawn again, on any worker.
@@ -20,9 +22,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from clinkd.data.boxes import format_box, mask_box, pixels_to_grid
+from clinkd.data.boxes import mask_box, pixels_to_grid
 from clinkd.data.records import MODALITIES, MODALITY_NAMES, Box, Record, Turn
-from clinkd.data.templates import caption, describe_scene
+from clinkd.data.templates import caption, describe_scene, identify, locate
 
 Field = np.ndarray
 """[h, w] float32; shapes are given as (inside, tone) over u, v in [-1, 1] across the object's box."""
@@ -83,11 +85,13 @@ SHAPES: dict[str, Callable[[Field, Field], tuple[Field, Field]]] = {
     "heart": _two_tone(_disk, lambda u, v: u**2 + v**2 < 0.3, 0.9, -0.6),
     "bladder": _two_tone(_disk, lambda u, v: v > 0, 0.2, 1.0),
     "aorta": lambda u, v: (_disk(u, v) & ((u**2 + v**2 > 0.5) | (u**2 + v**2 < 0.1)), np.full_like(u, 1.0)),
-    "vertebra": _two_tone(lambda u, v: np.abs(u) < 2, lambda u, v: (np.abs(u) < 0.4) & (np.abs(v) < 0.4), 0.9, -0.8),
+    "vertebra": _two_tone(lambda u, v: np.abs(u) < 2,
+                          lambda u, v: (np.abs(u) < 0.4) & (np.abs(v) < 0.4), 0.9, -0.8),
     "tumor": _star(5, 0.3, 1.0),
     "hemorrhage": _star(3, 0.15, -1.0),
     "cyst": _two_tone(_disk, lambda u, v: u**2 + v**2 < 0.55, 0.9, -0.9),
-    "polyp": lambda u, v: (((v < 0) & (u**2 + v**2 < 1)) | ((v >= 0) & (np.abs(u) < 0.35)), np.full_like(u, 0.8)),
+    "polyp": lambda u, v: (((v < 0) & (u**2 + v**2 < 1)) | ((v >= 0) & (np.abs(u) < 0.35)),
+                           np.full_like(u, 0.8)),
     "edema": lambda u, v: (_disk(u, v), 0.9 * np.sign(np.sin(2.5 * np.pi * v))),
     "fibrosis": lambda u, v: (_disk(u, v), 0.9 * np.sign(np.sin(2.5 * np.pi * u))),
     "stone": lambda u, v: (np.abs(u) + np.abs(v) < 1, np.full_like(u, 1.0)),
@@ -150,7 +154,9 @@ def _anatomy(spec: PhantomSpec, rng: np.random.Generator) -> tuple[Field, Field,
     return tone, inside, objects
 
 
-def _shaped(name: str, taken: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, Field, Field]:
+def _shaped(
+    name: str, taken: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[int, int, Field, Field]:
     """A place (x, y) with the object's mask and tones there, cut to the mask's own extent."""
     while True:
         width, height, x, y = _free_place(taken, size, rng)
@@ -162,7 +168,7 @@ def _shaped(name: str, taken: np.ndarray, size: int, rng: np.random.Generator) -
 
 
 def _free_place(taken: np.ndarray, size: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box at a uniform place that touches nothing drawn so far; large ones are tried first, then smaller."""
+    """A box at a uniform place that touches nothing drawn so far; large first, then smaller."""
     for attempt in range(1000):
         top = MAX_SIDE - (MAX_SIDE - MIN_SIDE - 0.03) * min(attempt / 200, 1)
         width, height = (round(size * side) for side in rng.uniform(MIN_SIDE + 0.01, top, 2))
@@ -261,14 +267,8 @@ def _turns(objects: list[Placed], modality: str, rng: np.random.Generator) -> tu
     """VG and ROC for every object, RC for one, MIA for the image."""
     turns = []
     for item in objects:
-        box = format_box(item.box)
-        if rng.random() < 0.5:
-            turns.append(Turn("vg", f"Where is the {item.name} located in the image?",
-                              f"The {item.name} is located at the {box}."))  # fmt: skip
-        else:
-            turns.append(Turn("vg", f"Please point out the {item.name}.", f"{box} shows the {item.name}."))
-        turns.append(Turn("roc", f"What anatomical structure or finding is present at the {box}?",
-                          item.name.capitalize()))  # fmt: skip
+        turns.append(locate(item.name, [item.box], name_first=rng.random() < 0.5))
+        turns.append(identify(item.name, item.box))
     chosen = objects[int(rng.integers(len(objects)))]
     turns.append(caption(chosen.name, chosen.box))
     turns.append(describe_scene(MODALITY_NAMES[modality], [(item.name, item.box) for item in objects]))
@@ -276,7 +276,7 @@ def _turns(objects: list[Placed], modality: str, rng: np.random.Generator) -> tu
 
 
 def write_source(spec: PhantomSpec, out: Path, indices: range | None = None) -> Path:
-    """Writes phantoms as a lab would have them: ``images/*.png`` and ``medgrit.json`` in Med-GRIT's own form."""
+    """Writes phantoms as a lab would have them: ``images/*.png`` and ``medgrit.json``, Med-GRIT's form."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -289,7 +289,7 @@ def write_source(spec: PhantomSpec, out: Path, indices: range | None = None) -> 
 
 
 def to_medgrit(record: Record) -> dict:
-    """A record as BiRD's JSON: id and a list of [question, answer], the image named before the first question."""
+    """A record as BiRD's JSON: id and [question, answer] pairs, the image named before the first."""
     turns = [[turn.question, turn.answer] for turn in record.turns]
     turns[0][0] = f"Picture 1: <img>{record.image}</img>\n{turns[0][0]}"
     return {"id": record.id, "conversations": turns}

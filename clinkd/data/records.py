@@ -1,7 +1,7 @@
 """What a sample is, for every other room: tasks, modalities, turns and records.
 
-A *record* is one image with its turns, as in Med-GRIT's own files; a *sample* is one turn of one record, named
-``<record id>#<turn>``. Shards store records (the image once), models see samples.
+A *record* is one image with its turns, as in Med-GRIT's own files; a *sample* is one turn of one record,
+named ``<record id>#<turn>``. Shards store records (the image once), models see samples.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Box = tuple[int, int, int, int]
 
 
 def modality_of(image_name: str) -> str:
-    """The published protocol's modality: the file name up to its first underscore (may be unknown to MODALITIES)."""
+    """The published protocol's modality: the name up to its first underscore (may not be in MODALITIES)."""
     return image_name.split("_", 1)[0]
 
 
 def case_of(image_name: str) -> str:
-    """The patient part of an SA-Med2D name ``{modality}--{dataset}--{case}--{slice}.png``; else the whole stem."""
+    """The patient of an SA-Med2D name ``{modality}--{dataset}--{case}--{slice}.png``; else the whole stem."""
     stem = image_name.rsplit(".", 1)[0]
     parts = stem.split("--")
     return "--".join(parts[1:3]) if len(parts) >= 4 else stem

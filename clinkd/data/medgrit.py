@@ -1,0 +1,194 @@
+"""Med-GRIT's question/answer files as a stream of entries.
+
+Decisions:
+- Three spellings are read alike: BiRD's ``conversations`` of [question, answer], ClinKD's of {"from",
+  "value"}, and ShareGPT's ``messages`` of {"role", "content"} with ``images``; as a JSON array (through
+  ijson, so that a file larger than memory streams) or JSON lines.
+- Reading only routes: it finds the image, pairs questions with answers, and says where in the file it was.
+  Texts are checked later, in parallel (``validate.check_turn``). What cannot even be routed comes out as an
+  ``Entry`` with a reason.
+- The image is ``images[0]`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's
+  rule), else the name in ``<img>``.
+- A JSON array that breaks in the middle gives what stood before the break and one entry with
+  ``invalid_json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clinkd.data.validate import RowError, check_name
+
+FILE_TASKS = {"vg": "vg", "ro": "roc", "roc": "roc", "gc": "rc", "rc": "rc", "mii": "mia", "mia": "mia"}
+_IMG = re.compile(r"<img>(.*?)</img>", re.S)
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_QUESTIONERS = ("user", "human")
+_ANSWERERS = ("assistant", "gpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a source file: either an image's pairs, still unchecked, or the reason why not.
+
+    ``rows`` counts question/answer pairs, at least 1, so that every entry counts.
+    """
+
+    where: str  # "VG.json[3]" (index in an array) or "train.jsonl:4" (line)
+    id: str = ""
+    image: str = ""  # as the source spells it; may be a relative path
+    task: str | None = None
+    pairs: tuple[tuple[Any, Any], ...] = ()
+    rows: int = 1
+    reason: str = ""
+    detail: str = ""
+
+
+def task_of_file(path: Path) -> str | None:
+    """The task a file's name gives (VG, RO or ROC, GC or RC, MII or MIA as a word of its own), or None."""
+    found = set()
+    for word in re.split(r"[^A-Za-z]+", path.stem):
+        # "rc" and "ro" in small letters are too common in names ("-rc1") to mean a task.
+        if word.lower() in FILE_TASKS and (word.isupper() or word.lower() not in ("rc", "ro")):
+            found.add(FILE_TASKS[word.lower()])
+    return found.pop() if len(found) == 1 else None
+
+
+def read(path: Path) -> Iterator[Entry]:
+    """Streams the entries of a JSON array or of JSON lines."""
+    task = task_of_file(path)
+    values = _lines(path) if _is_lines(path) else _array(path)
+    for where, value in values:
+        if isinstance(value, RowError):
+            yield Entry(where, reason=value.code, detail=value.detail)
+        else:
+            yield _entry(where, value, task)
+
+
+def _is_lines(path: Path) -> bool:
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return True
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path.name}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield where, json.loads(text)
+            except UnicodeDecodeError as error:
+                yield where, RowError("invalid_utf8", f"byte {error.start} of the line")
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield where, RowError("invalid_json", str(error)[:200])
+
+
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import ijson
+    except ImportError:  # without ijson the file has to fit in memory
+        yield from _array_in_memory(path)
+        return
+    index = 0
+    with path.open("rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":
+            file.seek(0)
+        try:
+            for value in ijson.items(file, "item", use_float=True):
+                yield f"{path.name}[{index}]", value
+                index += 1
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            text = " ".join(str(error).split())[:200]
+            code = (
+                "invalid_utf8" if isinstance(error, UnicodeDecodeError) or "UTF" in text else "invalid_json"
+            )
+            yield f"{path.name}[{index}]", RowError(code, f"the file breaks here: {text}")
+
+
+def _array_in_memory(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield f"{path.name}[0]", RowError("invalid_utf8", f"byte {error.start} of the file")
+    except (json.JSONDecodeError, RecursionError) as error:
+        yield f"{path.name}[0]", RowError("invalid_json", str(error)[:200])
+    else:
+        for index, value in enumerate(values if isinstance(values, list) else [values]):
+            yield f"{path.name}[{index}]", value
+
+
+def _entry(where: str, value: Any, task: str | None) -> Entry:
+    if not isinstance(value, dict):
+        return Entry(where, reason="invalid_record", detail=f"{type(value).__name__}, not an object")
+    talk = value.get("messages", value.get("conversations"))
+    if not isinstance(talk, list):
+        return Entry(
+            where,
+            _text(value.get("id")),
+            reason="invalid_record",
+            detail="no list of conversations or messages",
+        )
+    rows = max(1, _count(talk))
+    try:
+        pairs = _pairs(talk)
+        image = _image(value, pairs)
+        check_name(_text(value.get("id")))
+    except RowError as error:
+        return Entry(where, _text(value.get("id")), rows=rows, reason=error.code, detail=error.detail)
+    name = _text(value.get("id")) or re.sub(r"\.(png|jpe?g)$", "", image.rsplit("/", 1)[-1], flags=re.I)
+    if not pairs:
+        return Entry(where, name, image, reason="no_turns", detail="no question")
+    return Entry(where, name, image, task, pairs, len(pairs))
+
+
+def _count(talk: list) -> int:
+    """Pairs in a conversation, whole or not."""
+    return len(talk) if talk and isinstance(talk[0], list) else (len(talk) + 1) // 2
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _pairs(talk: list) -> tuple[tuple[Any, Any], ...]:
+    if all(isinstance(turn, list) for turn in talk):
+        if any(len(turn) != 2 for turn in talk):
+            raise RowError("odd_turns", "a turn that is not [question, answer]")
+        return tuple((question, answer) for question, answer in talk)
+    if not all(isinstance(turn, dict) for turn in talk):
+        raise RowError("invalid_record", "turns that are neither pairs nor messages")
+    said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in talk]
+    if said and said[0][0] == "system":
+        said = said[1:]
+    if len(said) % 2:
+        raise RowError("odd_turns", f"{len(said)} messages")
+    for (asker, _), (answerer, _) in zip(said[::2], said[1::2], strict=True):
+        if asker not in _QUESTIONERS or answerer not in _ANSWERERS:
+            raise RowError("odd_turns", f"{str(asker)[:20]!r} before {str(answerer)[:20]!r}")
+    return tuple((asked[1], answered[1]) for asked, answered in zip(said[::2], said[1::2], strict=True))
+
+
+def _image(value: dict, pairs: tuple[tuple[Any, Any], ...]) -> str:
+    given = value.get("images", value.get("image"))
+    if isinstance(given, list):
+        if len(given) > 1:
+            raise RowError("many_images", f"{len(given)} images")
+        given = given[0] if given else None
+    if isinstance(given, str) and given:
+        return given
+    if isinstance(value.get("id"), str) and value["id"].strip():
+        name = value["id"]
+        return name if name.lower().endswith(_SUFFIXES) else f"{name}.png"
+    named = _IMG.search(pairs[0][0]) if pairs and isinstance(pairs[0][0], str) else None
+    if named:
+        return named.group(1).strip()
+    if _text(value.get("id")):
+        return f"{_text(value['id'])}.png"
+    raise RowError("invalid_record", "neither id nor image")

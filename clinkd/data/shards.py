@@ -1,0 +1,134 @@
+"""Prepared data as everyone reads it: ``manifest.json``, ``shards/part-*.parquet``, one row per image with
+its turns.
+
+Decisions:
+- The manifest is written last: a folder without one is not prepared, whatever else it holds.
+- Readers that do not need pixels do not read them: the image bytes are a Parquet column of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from clinkd.data.records import sample_id
+
+MANIFEST, SHARDS, QUARANTINE = "manifest.json", "shards", "quarantine.jsonl"
+LIGHT = ["id", "image", "modality", "split", "width", "height", "turns"]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what, where and what to do, in one line."""
+
+
+def schema() -> Any:
+    """The Arrow schema of a shard."""
+    import pyarrow as pa
+
+    turn = pa.struct(
+        [("task", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("trusted", pa.bool_())]
+    )
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("image", pa.string()),
+            ("modality", pa.string()),
+            ("split", pa.string()),
+            ("png", pa.binary()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("turns", pa.list_(turn)),
+        ]
+    )
+
+
+def read_manifest(data: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: no manifest, or one that is not JSON.
+    """
+    path = Path(data) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"no prepared data in {data} (no {MANIFEST}): run `clinkd prepare` into it") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot read {path} ({error}): remove it and run `clinkd prepare` again") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+        raise DataError(f"{path} lists no shards: remove it and run `clinkd prepare` again")
+    return manifest
+
+
+def shard_paths(data: Path) -> list[Path]:
+    """The shards' files in the manifest's order.
+
+    Raises:
+        DataError: no manifest, or a shard that it lists is not there.
+    """
+    paths = [Path(data) / SHARDS / shard["name"] for shard in read_manifest(data)["shards"]]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is listed in the manifest but not there: run `clinkd prepare` again")
+    return paths
+
+
+def iter_rows(
+    data: Path, split: str | None = None, *, columns: list[str] | None = None, batch_size: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Streams the shards' rows (one per image), ``batch_size`` at a time in memory.
+
+    Args:
+        split: "train", "test" or None for both.
+        columns: of ``schema()``; None for all, image bytes included.
+    """
+    import pyarrow.parquet as pq
+
+    wanted = columns if columns is None or "split" in columns else [*columns, "split"]
+    for path in shard_paths(data):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=batch_size, columns=wanted):
+                for row in batch.to_pylist():
+                    if split is None or row["split"] == split:
+                        yield row
+
+
+def samples(data: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
+    """Streams samples, no pixels: sample, id, image, modality, split, turn, and the turn's own fields."""
+    for row in iter_rows(data, split, columns=LIGHT):
+        for number, turn in enumerate(row["turns"]):
+            yield {
+                "sample": sample_id(row["id"], number),
+                "id": row["id"],
+                "image": row["image"],
+                "modality": row["modality"],
+                "split": row["split"],
+                "turn": number,
+                **turn,
+            }
+
+
+def images(data: Path, names: Collection[str]) -> dict[str, bytes]:
+    """The image bytes of the named images; names that are not there are left out."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = set(names)
+    found: dict[str, bytes] = {}
+    for path in shard_paths(data):
+        if not wanted - found.keys():
+            break
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                listed = file.read_row_group(group, columns=["image"])["image"]
+                if not wanted.intersection(listed.to_pylist()):
+                    continue
+                table = file.read_row_group(group, columns=["image", "png"])
+                table = table.filter(
+                    pc.is_in(table["image"], value_set=pa.array(sorted(wanted), pa.string()))
+                )
+                found.update(zip(table["image"].to_pylist(), table["png"].to_pylist(), strict=True))
+    return found

@@ -1,0 +1,268 @@
+"""Row checks: what may enter a shard, and the stable reason code of what may not.
+
+Decisions:
+- A bad row raises ``RowError(code, detail)`` (boxes raise ``BoxError``, which has a code too); whoever reads
+  the row writes it to the quarantine. A code, once published in ``REASONS``, keeps its name.
+- A question/answer pair is checked alone: one bad turn does not take the image's other turns along. What is
+  wrong with the image (missing, truncated, too large) takes all of them.
+- Nothing is repaired silently, except what every reader of Med-GRIT takes away: the ``Picture 1:
+  <img>..</img>`` prefix, ``<image>``, ``<ref>`` marks, and Qwen's spelling of ``<box>``.
+- An image is decoded once, fully: a header alone does not show a truncated file. The size is read from the
+  header before any pixel is decoded, so a decompression bomb costs nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from clinkd.data.boxes import BoxError, from_qwen, parse_boxes
+from clinkd.data.records import MODALITIES, TASKS, Turn, modality_of
+
+REASONS = {
+    "missing_image": "the image file is not there",
+    "zero_byte": "the image file is empty",
+    "unreadable_image": "the file is not a PNG or JPEG that can be decoded",
+    "truncated": "the image file ends too early",
+    "bomb": "more pixels than the limit",
+    "bad_mode": "a pixel format other than grey, RGB or palette, 8 bits deep",
+    "bad_shape": "an image too small, or too long for its width, for the vision tower",
+    "path_escape": "an image name that leaves the images' folder",
+    "many_images": "a conversation about more than one image",
+    "ambiguous_image": "two image files of one name in different folders",
+    "unknown_modality": "an image name that begins with none of the eight modalities",
+    "non_text": "a question or answer that is not text",
+    "empty_text": "a question or answer without text",
+    "too_long": "a question or answer longer than the limit",
+    "control_characters": "NUL or other control characters, or Unicode line separators",
+    "special_token": "text that the tokenizer would read as a control token",
+    "invalid_utf8": "bytes or code points that are not UTF-8",
+    "invalid_json": "a line or rest of a file that is not JSON",
+    "invalid_record": "JSON that is not an object with an image and conversations",
+    "odd_turns": "questions and answers that do not alternate",
+    "no_turns": "a record that asks nothing",
+    "duplicate_id": "an id already used for another image",
+    "contradicting_answers": "one question with different answers",
+    "box_broken": "a box that is not four integers",
+    "box_out_of_range": "a box outside the 0-1000 grid",
+    "box_inverted": "a box whose corners are swapped",
+    "box_empty": "a box without area",
+    "box_missing": "no box where the task needs one",
+    "mask_missing": "a listed mask file that is not there",
+    "mask_orphan": "a mask without its image",
+    "mask_unreadable": "a mask that cannot be decoded",
+    "mask_wrong_size": "a mask whose size is not the image's",
+    "mask_empty": "a mask without foreground",
+    "mask_inverted": "a mask that marks the background",
+    "mask_full": "a mask over nearly the whole image",
+    "mask_bad_name": "a mask whose name does not say its class",
+    "mask_unknown_class": "a mask whose class is not in the class mapping",
+    "no_masks": "an image without masks",
+}
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PREFIX = re.compile(r"^\s*(?:Picture \d+:\s*)?<img>(.*?)</img>[ \t]*\n?", re.S)
+_MARKS = re.compile(r"</?ref>|<\|object_ref_(?:start|end)\|>|<image>\n?")
+_SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab and line feed
+_BOX = re.compile(r"<box>.*?</box>", re.S)
+
+
+class RowError(ValueError):
+    """A row that cannot be used; ``code`` is a key of ``REASONS``."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+def reason(error: RowError | BoxError) -> tuple[str, str]:
+    """(code, detail) of a refused row."""
+    return error.code, str(error).removeprefix(f"{error.code}: ")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is too large or too small."""
+
+    max_pixels: int = 64_000_000
+    min_side: int = 8  # pixels
+    max_aspect: int = 200  # longer side over shorter; Qwen2-VL's processor refuses more
+    max_chars: int = 8_000  # of one question or answer; the recipe cuts at 2,048 tokens
+
+
+def clean_text(value: object, limits: Limits) -> str:
+    """A question or answer as it is stored: marks stripped, ``<box>`` spelled Med-GRIT's way.
+
+    Raises:
+        RowError: non_text, invalid_utf8, control_characters, too_long, special_token or empty_text.
+    """
+    if not isinstance(value, str):
+        raise RowError("non_text", f"{type(value).__name__}: {str(value)[:60]!r}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("invalid_utf8", f"a lone surrogate at character {error.start}") from None
+    text = from_qwen(_MARKS.sub("", _PREFIX.sub("", value))).replace("\r\n", "\n")
+    if len(text) > limits.max_chars:
+        raise RowError("too_long", f"{len(text)} characters, at most {limits.max_chars}")
+    control = _CONTROL.search(text)
+    if control:
+        raise RowError("control_characters", f"U+{ord(control.group()):04X} at character {control.start()}")
+    text = text.strip()  # only now: stripping takes some control characters along
+    special = _SPECIAL.search(text)
+    if special:
+        raise RowError("special_token", special.group())
+    if not text:
+        raise RowError("empty_text", "no text")
+    return text
+
+
+def infer_task(question: str, answer: str) -> str:
+    """A pair's task from its boxes: asked for (vg), asked about (roc to four words, else rc), none (mia)."""
+    if "<box>" in question:
+        return "roc" if len(_BOX.sub(" ", answer).split()) <= 4 else "rc"
+    return "vg" if "<box>" in answer else "mia"
+
+
+def check_turn(
+    question: object, answer: object, task: str | None = None, limits: Limits | None = None
+) -> Turn:
+    """One question/answer pair as a ``Turn``.
+
+    Args:
+        task: the task the source names, or None to infer it.
+
+    Raises:
+        RowError, BoxError: with the reason's code.
+    """
+    limits = limits or Limits()
+    asked, answered = clean_text(question, limits), clean_text(answer, limits)
+    in_question, in_answer = parse_boxes(asked), parse_boxes(answered)
+    task = task or infer_task(asked, answered)
+    if task not in TASKS:
+        raise RowError("invalid_record", f"task {task!r}")
+    if task == "vg" and not in_answer:
+        raise RowError("box_missing", "a VG answer without a box")
+    if task in ("roc", "rc") and not in_question:
+        raise RowError("box_missing", f"an {task.upper()} question without a box")
+    return Turn(task, asked, answered)
+
+
+def contradictions(turns: list[Turn]) -> set[tuple[str, str]]:
+    """(task, question) of VG and ROC pairs with different answers; captions may differ and both be true."""
+    answers: dict[tuple[str, str], set[str]] = {}
+    for turn in turns:
+        if turn.task in ("vg", "roc"):
+            answers.setdefault((turn.task, turn.question), set()).add(turn.answer)
+    return {key for key, given in answers.items() if len(given) > 1}
+
+
+def check_modality(image: str) -> str:
+    modality = modality_of(image)
+    if modality not in MODALITIES:
+        raise RowError("unknown_modality", f"{modality[:40]!r}: expected one of {', '.join(MODALITIES)}")
+    return modality
+
+
+def check_name(name: str) -> str:
+    """An id or file name that can be stored and printed on one line.
+
+    Raises:
+        RowError: control_characters or invalid_utf8.
+    """
+    control = re.search("[\t\n]", name) or _CONTROL.search(name)
+    if control:
+        raise RowError("control_characters", f"U+{ord(control.group()):04X} in the name {name[:60]!r}")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("invalid_utf8", f"a lone surrogate in the name {name[:60]!r}") from None
+    return name
+
+
+def resolve(root: Path, name: str) -> Path:
+    """The file ``name`` (a relative path with ``/``) under ``root``; a leading folder named like ``root`` may
+    be left out.
+
+    Raises:
+        RowError: path_escape for absolute paths, ``..`` and links that lead out of ``root``; missing_image
+        where there
+            is no such file; those of ``check_name``.
+    """
+    check_name(name)
+    path = PurePosixPath(name)
+    windows = PureWindowsPath(name)
+    if not name or path.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise RowError("path_escape", repr(name[:120]))
+    real_root = root.resolve()
+    tries = [root / path]
+    if len(path.parts) > 1 and path.parts[0] == root.name:
+        tries.append(root.joinpath(*path.parts[1:]))
+    for candidate in tries:
+        real = candidate.resolve()
+        if not real.is_relative_to(real_root):
+            raise RowError("path_escape", f"{name[:120]!r} is a link out of the folder")
+        try:
+            if real.is_file():
+                return real
+        except OSError as error:  # a name too long for the file system
+            raise RowError("missing_image", f"{name[:120]!r}: {error.strerror}") from None
+    raise RowError("missing_image", repr(name[:120]))
+
+
+def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, int]:
+    """(bytes as they are in the file, width, height) of a PNG or JPEG that decodes whole.
+
+    Raises:
+        RowError: zero_byte, unreadable_image, truncated, bomb, bad_mode or bad_shape.
+    """
+    from PIL import Image
+
+    limits = limits or Limits()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RowError("unreadable_image", str(error.strerror)) from None
+    if not data:
+        raise RowError("zero_byte", path.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        except Image.DecompressionBombError as error:
+            raise RowError("bomb", str(error)[:120]) from None
+        except (OSError, ValueError, SyntaxError) as error:
+            raise RowError(_broken(data, ""), type(error).__name__) from None
+        _check_header(image.size, image.mode, limits)
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise RowError(_broken(data, str(error)), str(error)[:120]) from None
+    if (
+        data.startswith(_PNG) and _broken(data, "") == "truncated"
+    ):  # the decoder does not miss a PNG's last chunk
+        raise RowError("truncated", "no end of the PNG")
+    return data, image.width, image.height
+
+
+def _broken(data: bytes, message: str) -> str:
+    """The code of a file that does not decode: truncated where its format's end marker is missing."""
+    cut = data.startswith(_PNG) and b"IEND" not in data[-4096:]
+    cut |= data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data[-4096:]
+    return "truncated" if cut or "truncated" in message else "unreadable_image"
+
+
+def _check_header(size: tuple[int, int], mode: str, limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise RowError("bomb", f"{width} x {height} pixels, at most {limits.max_pixels}")
+    if mode not in MODES:
+        raise RowError("bad_mode", mode)
+    if min(size) < limits.min_side or max(size) > limits.max_aspect * min(size):
+        raise RowError("bad_shape", f"{width} x {height} pixels")

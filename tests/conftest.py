@@ -1,0 +1,30 @@
+"""Shared by all tests: one small Ray for the whole session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of four declared CPUs, without dashboard or token; its files go away with it."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init would leave a token in the home folder
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray's sockets are files under it
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        _temp_dir=folder,
+        object_store_memory=500_000_000,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
