@@ -48,7 +48,7 @@ def curves(metrics: Iterable[Mapping[str, Any]], field: str) -> list[Curve]:
         step = number(row.get("step"))
         if step is None or not isinstance(row.get(field), (int, float)):
             continue
-        label = str(row.get("stage", "run")) + (f" {row['round']}" if "round" in row else "")
+        label = str(row.get("stage", "run")) + (f", round {row['round']}" if "round" in row else "")
         found.setdefault(label, {})[int(step)] = float(row[field])
     made = []
     for label, points in found.items():
@@ -61,10 +61,10 @@ def curves(metrics: Iterable[Mapping[str, Any]], field: str) -> list[Curve]:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values (fewer at the start), [n]."""
+    """Mean over the values at most ``window // 2`` away (fewer at the ends), [n]: centred, so a falling curve does not lag."""
     total = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
     return (total[ends] - total[starts]) / (ends - starts)
 
 
@@ -82,7 +82,7 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel(y_label)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     said = "; ".join(
         f"{line.label}: from {line.values[0]:.3g} to {line.values[-1]:.3g}, lowest {line.values.min():.3g}" for line in lines
     )
@@ -90,20 +90,15 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
 
 
 def position_map(name: str, layout: Layout, extent: float, said: str) -> str:
-    """Height (down) against width position of one sequence: text on the diagonal, patches as a grid."""
+    """Height (down) against width position of one sequence: dots, squares and triangles are text, patches and text after them."""
     figure, axes = _figure(3.1, 3.1)
-    for part, colour, marker, label in (
-        (layout.before, SERIES[0], "o", "text before"),
-        (layout.vision, SERIES[1], "s", "image patches"),
-        (layout.after, SERIES[2], "^", "text after"),
-    ):
-        axes.scatter(part[2], part[1], s=16, c=colour, marker=marker, linewidths=0, label=label)
+    for part, colour, marker in ((layout.before, SERIES[0], "o"), (layout.vision, SERIES[1], "s"), (layout.after, SERIES[2], "^")):
+        axes.scatter(part[2], part[1], s=16, c=colour, marker=marker, linewidths=0)
     axes.set_xlim(-1, extent + 1)
     axes.set_ylim(extent + 1, -1)
     axes.set_aspect("equal")
     axes.set_xlabel("width position")
     axes.set_ylabel("height position")
-    axes.legend(frameon=False, fontsize=8, loc="upper right", handletextpad=0.2)
     return _svg(figure, name, said)
 
 

@@ -119,7 +119,9 @@ def _as_interval(value: object) -> Interval | None:
 
 def why_missing(task: str, part: Mapping[str, Any], metric: str) -> str:
     """The reason eval.json gives for a metric that is not there, or that it gives none."""
-    reasons = (part.get(key) for key in (f"{metric}_reason", "reason", "error", "text_reason", "java_reason", "spice_reason"))
+    listed = mapping(part.get("reasons"))
+    keys = (f"{metric}_reason", "reason", "error", "text_reason", "meteor_reason", "spice_reason")
+    reasons = [listed.get(key) for key in (metric, "text", "meteor")] + [part.get(key) for key in keys]
     given = next((str(reason) for reason in reasons if reason), "")
     return given or f"The evaluation holds no {METRIC_NAMES[metric]} for {TASK_NAMES[task]}."
 
