@@ -1,9 +1,10 @@
 """Which samples the report shows, and how each becomes a card.
 
 Decisions:
-- Worst first, then a few of the best, for every modality and task; among equals a hash of the sample's id decides, so that
-  one image's questions do not fill the row and the same run gives the same report.
-- Cards are encoded rank by rank over the modalities: when the image budget ends, every modality has its worst ones.
+- Worst first, then a few of the best, for every modality and task; among equals a hash of the sample's id
+  decides, so that one image's questions do not fill the row and the same run gives the same report.
+- Cards are encoded rank by rank over the modalities: when the image budget ends, every modality has its worst
+  ones.
 - A missing or broken image leaves a card with its text and a sentence.
 """
 
@@ -94,10 +95,14 @@ def score(task: str, truth: str, answer: str) -> float | None:
 
 
 def choose(predictions: Iterable[Mapping[str, Any]]) -> list[Card]:
-    """The samples to show, worst of every modality first, then the second worst of every modality, and so on."""
+    """The samples to show: the worst of every modality first, then the second worst of each, and so on."""
     groups: defaultdict[tuple[str, str], list[Card]] = defaultdict(list)
     for row in predictions:
-        task, truth, answer = str(row.get("task", "")), str(row.get("annotation", "")), answer_text(row.get("response"))
+        task, truth, answer = (
+            str(row.get("task", "")),
+            str(row.get("annotation", "")),
+            answer_text(row.get("response")),
+        )
         value = score(task, truth, answer)
         if value is None:
             continue
@@ -105,7 +110,17 @@ def choose(predictions: Iterable[Mapping[str, Any]]) -> list[Card]:
         sample = str(row.get("sample", row.get("id", "")))
         good = value > 0.5 if task == "vg" else value >= 0.5
         groups[modality_of(image), task].append(
-            Card(sample, task, modality_of(image), image, str(row.get("question", "")), truth, answer, value, good)
+            Card(
+                sample,
+                task,
+                modality_of(image),
+                image,
+                str(row.get("question", "")),
+                truth,
+                answer,
+                value,
+                good,
+            )
         )
     present = {modality for modality, _ in groups}
     shown = [m for m in MODALITIES if m in present] + sorted(present - set(MODALITIES))
@@ -119,7 +134,9 @@ def choose(predictions: Iterable[Mapping[str, Any]]) -> list[Card]:
 
 
 def _extremes(cards: Sequence[Card], worst: int, best: int) -> list[Card]:
-    ordered = sorted(cards, key=lambda card: (card.score, not answer_boxes(card.answer), zlib.crc32(card.sample.encode())))
+    ordered = sorted(
+        cards, key=lambda card: (card.score, not answer_boxes(card.answer), zlib.crc32(card.sample.encode()))
+    )
     if len(ordered) <= worst + best:
         return ordered
     return ordered[:worst] + ordered[-best:]
@@ -142,9 +159,18 @@ def pictured(cards: Sequence[Card], images: Mapping[str, bytes], budget: Budget)
     for card in cards:
         picture, problem = _picture(card.image, card_marks(card), images, budget)
         made = Card(
-            clip(card.sample, 120), card.task, clip(card.modality, 40), clip(card.image, 160), clip(card.question),
-            clip(card.truth), clip(card.answer), card.score, card.good, picture, problem,
-        )  # fmt: skip
+            clip(card.sample, 120),
+            card.task,
+            clip(card.modality, 40),
+            clip(card.image, 160),
+            clip(card.question),
+            clip(card.truth),
+            clip(card.answer),
+            card.score,
+            card.good,
+            picture,
+            problem,
+        )
         grouped.setdefault(made.modality, []).append(made)
     for group in grouped.values():
         group.sort(key=lambda card: (TASKS.index(card.task), card.score))
@@ -170,7 +196,11 @@ def choose_feedback(feedback: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
         groups[str(row.get("source", "")), str(row.get("reason", ""))].append(row)
     for rows in groups.values():
         rows.sort(key=lambda row: (-_best_score(row), zlib.crc32(str(row.get("sample", "")).encode())))
-    turns = [(rank, key, row) for key, rows in sorted(groups.items()) for rank, row in enumerate(rows[:MOST_FEEDBACK])]
+    turns = [
+        (rank, key, row)
+        for key, rows in sorted(groups.items())
+        for rank, row in enumerate(rows[:MOST_FEEDBACK])
+    ]
     return [row for *_, row in sorted(turns, key=lambda item: item[:2])][:MOST_FEEDBACK]
 
 
@@ -183,11 +213,16 @@ def _best_score(row: Mapping[str, Any]) -> float:
     return max((number(item.get("score")) or 0.0 for item in _candidates(row)), default=0.0)
 
 
-def corrections(rows: Iterable[Mapping[str, Any]], images: Mapping[str, bytes], budget: Budget) -> list[Correction]:
+def corrections(
+    rows: Iterable[Mapping[str, Any]], images: Mapping[str, bytes], budget: Budget
+) -> list[Correction]:
     """Feedback rows as cards: truth, wrong and chosen boxes on the image, candidates from best to worst."""
     made = []
     for row in rows:
-        texts = {key: answer_text(row.get(key)) for key in ("sample", "task", "image", "question", "truth", "wrong")}
+        texts = {
+            key: answer_text(row.get(key))
+            for key in ("sample", "task", "image", "question", "truth", "wrong")
+        }
         chosen, source = answer_text(row.get("chosen")), str(row.get("source", ""))
         marks = [Mark(box, "asked", "asked") for box in answer_boxes(texts["question"])]
         marks += [Mark(box, "truth", "truth") for box in answer_boxes(texts["truth"])]
@@ -198,11 +233,16 @@ def corrections(rows: Iterable[Mapping[str, Any]], images: Mapping[str, bytes], 
         ordered = sorted(_candidates(row), key=lambda item: -(number(item.get("score")) or 0.0))
         made.append(
             Correction(
-                **{key: clip(text) for key, text in texts.items()}, reason=clip(row.get("reason", ""), 80),
-                score_wrong=number(row.get("score_wrong")), chosen=clip(chosen), source=source,
+                **{key: clip(text) for key, text in texts.items()},
+                reason=clip(row.get("reason", ""), 80),
+                score_wrong=number(row.get("score_wrong")),
+                chosen=clip(chosen),
+                source=source,
                 candidates=tuple(_candidate(item, chosen, source) for item in ordered[:MOST_CANDIDATES]),
-                left_out=max(0, len(ordered) - MOST_CANDIDATES), picture=picture, problem=problem,
-            )  # fmt: skip
+                left_out=max(0, len(ordered) - MOST_CANDIDATES),
+                picture=picture,
+                problem=problem,
+            )
         )
     return made
 
@@ -218,16 +258,20 @@ def _candidate(item: Mapping[str, Any], chosen: str, source: str) -> dict[str, A
 
 
 def reflection_rounds(feedback: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per round: how many answers were corrected, by reason, and how many by a candidate or by the truth itself."""
+    """Per round: how many answers were corrected, by reason, and how many by a candidate or by the truth."""
     rounds: defaultdict[int, defaultdict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for row in feedback:
         source = "candidate" if row.get("source") == "candidate" else "truth"
         rounds[int(number(row.get("round")) or 1)][clip(row.get("reason", "unknown"), 80)][source] += 1
     made = []
     for index, reasons in sorted(rounds.items()):
-        rows = [
-            {"reason": reason, "rows": count.total(), "candidate": count["candidate"], "truth": count["truth"]}
-            for reason, count in sorted(reasons.items(), key=lambda item: (-item[1].total(), item[0]))
-        ]
-        made.append({"round": index, "rows": sum(row["rows"] for row in rows), "reasons": rows[:20]})
+        ordered = sorted(reasons.items(), key=lambda item: (-item[1].total(), item[0]))
+        rows = [{"reason": reason, "rows": count.total(), **_by_source(count)} for reason, count in ordered]
+        made.append(
+            {"round": index, "rows": sum(count.total() for _, count in ordered), "reasons": rows[:20]}
+        )
     return made
+
+
+def _by_source(count: Counter[str]) -> dict[str, int]:
+    return {"candidate": count["candidate"], "truth": count["truth"]}

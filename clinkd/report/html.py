@@ -1,9 +1,10 @@
 """The report: one HTML file of everything a run knows about itself, opened with no network.
 
 Decisions:
-- Answers, questions and file names are untrusted text. Jinja2's autoescape is on for every template, and the page carries a
-  content security policy that loads nothing and runs one script only, named by its hash.
-- Every list is cut to a length and all images share a byte budget, so that the file stays under 5 MB whatever the run holds.
+- Answers, questions and file names are untrusted text. Jinja2's autoescape is on for every template, and the
+  page carries a content security policy that loads nothing and runs one script only, named by its hash.
+- Every list is cut to a length and all images share a byte budget, so that the file stays under 5 MB whatever
+  the run holds.
 - What a run does not have (no feedback, no sweep, no Java) is said in a sentence; nothing here raises for it.
 - The page is whole without its script: that only filters the gallery and copies commands.
 """
@@ -31,9 +32,15 @@ from clinkd.report.overlays import Budget
 from clinkd.report.positions import PLAIN, RELEASED, Guidance, lay_out
 
 MODALITY_TITLES = {
-    "ct": "CT", "mr": "MR", "x": "X-ray", "pet": "PET", "endoscopy": "Endoscopy", "dermoscopy": "Dermoscopy",
-    "fundus": "Fundus", "ultrasound": "Ultrasound",
-}  # fmt: skip
+    "ct": "CT",
+    "mr": "MR",
+    "x": "X-ray",
+    "pet": "PET",
+    "endoscopy": "Endoscopy",
+    "dermoscopy": "Dermoscopy",
+    "fundus": "Fundus",
+    "ultrasound": "Ultrasound",
+}
 FEEDBACK_BYTES = 900_000  # of data URIs
 GALLERY_BYTES = 2_600_000
 MOST_CONFIG = 60_000  # characters
@@ -57,7 +64,7 @@ class ReportInputs:
         stages: rows {stage, fingerprint, seconds, counts, skipped}.
         guide: numbers of the Med-CLIP guide, such as retrieval_at_1 and chance.
         sweep: rows of the trials' table, in the order to print.
-        guidance: the run's rotary parameters (lambda_h, lambda_w, alpha_h, alpha_w, gamma and optionally score).
+        guidance: the run's rotary parameters: lambda_h, lambda_w, alpha_h, alpha_w, gamma, perhaps score.
         commands: (what it does, command) for the page's last part; empty: those that follow from the name.
     """
 
@@ -79,16 +86,24 @@ class ReportInputs:
 def build_report(run: ReportInputs, out: Path) -> Path:
     """Writes the report to the file ``out`` (beside it first, then moved into place) and returns ``out``."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(pct=percent, points=points, score=plain_score, duration=duration)
     environment.filters.update(clip=gallery.clip, cell=cell, boxed=boxed, words=words)
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.get_template("report.html.j2").render(
-        **_numbers(run), **_charts(run), **_pictures(run), **_provenance(run), script=Markup(script), script_hash=digest,
-    )  # fmt: skip
+        **_numbers(run),
+        **_charts(run),
+        **_pictures(run),
+        **_provenance(run),
+        script=Markup(script),
+        script_hash=digest,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     beside.write_text(page, encoding="utf-8", errors="replace")
@@ -105,10 +120,17 @@ def _numbers(run: ReportInputs) -> dict[str, Any]:
         "cards": cards,
         "overall": tables.overall(cards),
         "table": tables.task_table(run.evaluation),
-        "text_tables": {task: tables.text_table(parts[task]) for task in ("rc", "mia")},
-        "text_missing": {task: tables.why_missing(task, parts[task], tables.headline(task, parts[task])) for task in ("rc", "mia")},
-        "spice_missing": parts["rc"].get("spice_reason") if tables.task_mean(parts["rc"], "spice") is None else None,
-        "honest": {task: tables.honest_rows(tables.mapping(part.get("honest"))) for task, part in parts.items()},
+        "text_tables": {task: tables.text_table(task, parts[task]) for task in ("rc", "mia")},
+        "text_missing": {
+            task: tables.why_missing(task, parts[task], tables.headline(task, parts[task]))
+            for task in ("rc", "mia")
+        },
+        "spice_missing": parts["rc"].get("spice_reason")
+        if tables.task_mean(parts["rc"], "spice") is None
+        else None,
+        "honest": {
+            task: tables.honest_rows(tables.mapping(part.get("honest"))) for task, part in parts.items()
+        },
         "skipped": tables.skipped_rows(run.evaluation)[:MOST_ROWS],
         "baseline_box": baselines.get("vg_box"),
         "baseline_answer": baselines.get("roc_answer"),
@@ -124,8 +146,17 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
     stage_charts = []
     for index, line in enumerate(plots.curves(run.metrics, "loss")):
         svg = Markup(plots.chart(f"loss{index}", [line], "loss"))
-        stage_charts.append({"title": line.label, "svg": svg, "first": line.values[0], "last": line.values[-1],
-                             "lowest": line.values.min(), "steps": int(line.steps[-1]), "dropped": line.dropped})  # fmt: skip
+        stage_charts.append(
+            {
+                "title": line.label,
+                "svg": svg,
+                "first": line.values[0],
+                "last": line.values[-1],
+                "lowest": line.values.min(),
+                "steps": int(line.steps[-1]),
+                "dropped": line.dropped,
+            }
+        )
     parts = []
     for name, said in (("kd", "Distillation term (KL)"), ("ce", "Cross-entropy term")):
         lines = plots.curves(run.metrics, name)
@@ -135,7 +166,7 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
 
 
 def _maps(guidance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Position maps on one scale: plain M-RoPE, the released code, and the run's own parameters where given."""
+    """Position maps on one scale: plain M-RoPE, the released code, the run's own parameters where given."""
     shown = [("Plain M-RoPE", PLAIN), ("ClinKD's released code (λ = 2)", RELEASED)]
     if guidance is not None:
         shown.append(("This run", Guidance.of(guidance)))
@@ -143,7 +174,8 @@ def _maps(guidance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     extent = max(layout.last for *_, layout in layouts)
     made = []
     for index, (title, values, layout) in enumerate(layouts):
-        said = f"{title}: patches from {layout.vision[1:].min():g} to {layout.vision[1:].max():g}, text goes on at {layout.after.min():g}."
+        low, high = layout.vision[1:].min(), layout.vision[1:].max()
+        said = f"{title}: patches from {low:g} to {high:g}, text goes on at {layout.after.min():g}."
         svg = Markup(plots.position_map(f"map{index}", layout, extent, said))
         made.append({"title": title, "svg": svg, "said": said, "guidance": values})
     return made
@@ -172,11 +204,16 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
 def _provenance(run: ReportInputs) -> dict[str, Any]:
     stages = []
     for row in list(run.stages)[:MOST_ROWS]:
-        stages.append({
-            "stage": str(row.get("stage", "")), "fingerprint": str(row.get("fingerprint", "")),
-            "seconds": tables.number(row.get("seconds")), "counts": pairs(tables.mapping(row.get("counts"))),
-            "skipped": bool(row.get("skipped")), "speed": _speed(run.metrics, str(row.get("stage", ""))),
-        })  # fmt: skip
+        stages.append(
+            {
+                "stage": str(row.get("stage", "")),
+                "fingerprint": str(row.get("fingerprint", "")),
+                "seconds": tables.number(row.get("seconds")),
+                "counts": pairs(tables.mapping(row.get("counts"))),
+                "skipped": bool(row.get("skipped")),
+                "speed": _speed(run.metrics, str(row.get("stage", ""))),
+            }
+        )
     keys = list(dict.fromkeys(str(key) for row in run.sweep for key in row))[:24]
     return {
         "stages": stages,
@@ -193,7 +230,11 @@ def _provenance(run: ReportInputs) -> dict[str, Any]:
 
 def _speed(metrics: Iterable[Mapping[str, Any]], stage: str) -> float | None:
     """The stage's median samples a second: a mean would count the first step's warm-up."""
-    speeds = sorted(s for row in metrics if row.get("stage") == stage and (s := tables.number(row.get("samples_per_s"))) is not None)
+    speeds = sorted(
+        s
+        for row in metrics
+        if row.get("stage") == stage and (s := tables.number(row.get("samples_per_s"))) is not None
+    )
     return speeds[len(speeds) // 2] if speeds else None
 
 
@@ -205,7 +246,12 @@ def default_commands(name: str) -> list[tuple[str, str]]:
         ("Write this report again", f"clinkd report {folder}"),
     ]
     for task, title in TASK_NAMES.items():
-        made.append((f"Score {title} again", f"clinkd evaluate --task {task} --predictions {folder}/predictions.jsonl --json"))
+        made.append(
+            (
+                f"Score {title} again",
+                f"clinkd evaluate --task {task} --predictions {folder}/predictions.jsonl --json",
+            )
+        )
     return made
 
 
@@ -230,7 +276,7 @@ def cell(value: object) -> str:
 
 
 def boxed(text: str) -> Markup:
-    """Text with its well-formed boxes set apart as coordinates; all else, broken boxes included, as it came, escaped."""
+    """Text with its well-formed boxes set apart as coordinates; all else as it came, escaped."""
     pieces = re.split(r"<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>", from_qwen(text))
     made = [escape(pieces[0])]
     for start in range(1, len(pieces), 5):

@@ -13,6 +13,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -76,15 +77,22 @@ def overlay(image: bytes, marks: Iterable[Mark], side: int = SIDE) -> str:
 
 def _opened(image: bytes) -> Image.Image:
     try:
-        opened = Image.open(io.BytesIO(image))
+        opened: Image.Image = Image.open(io.BytesIO(image))
         opened.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"not an image: {error}") from error
     if opened.mode[0] in "IF":  # 16- and 32-bit grey: RGB would cut off all but the lowest 8 bits
-        values = np.asarray(opened, np.float64)
-        low, high = np.nanmin(values), np.nanmax(values)
-        opened = Image.fromarray(np.nan_to_num((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8))
+        opened = Image.fromarray(_stretched(np.asarray(opened, np.float64)))
     return opened.convert("RGB")
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """[h, w] of any range as uint8, the finite values' extremes at 0 and 255, all others at 0."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    if np.isnan(finite).all():
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.nanmin(finite), np.nanmax(finite)
+    return np.nan_to_num((finite - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:
@@ -98,7 +106,7 @@ def _draw_mark(pen: ImageDraw.ImageDraw, size: tuple[int, int], mark: Mark) -> N
     x1, y1, x2, y2 = grid_to_pixels(mark.box, *size)
     x2, y2 = min(x2, size[0] - 1), min(y2, size[1] - 1)
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
-    for start, end in zip(corners, corners[1:], strict=False):
+    for start, end in pairwise(corners):
         pen.line([start, end], fill=(0, 0, 0), width=5)  # a dark edge keeps the line visible on any image
         for a, b in _dashes(start, end) if dashed else [(start, end)]:
             pen.line([a, b], fill=colour, width=3)
@@ -120,13 +128,24 @@ def _dashes(
     return [(at(begin), at(begin + dash)) for begin in np.arange(0.0, length, dash + gap)]
 
 
-def _write(pen: ImageDraw.ImageDraw, size: tuple[int, int], text: str, colour: tuple, at: tuple[float, float], below: bool) -> None:
+def _write(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    text: str,
+    colour: tuple,
+    at: tuple[float, float],
+    below: bool,
+) -> None:
     """A word on a filled tag at a box's corner: outside the box where there is room, else inside."""
     font = ImageFont.load_default(13)
     left, top, right, bottom = font.getbbox(text)
     width, height = right - left + 8, bottom - top + 6
     x = min(max(at[0], 0), max(size[0] - width, 0))
     y = at[1] + 1 if below else at[1] - height
-    y = y if 0 <= y <= size[1] - height else min(max(at[1] - height if below else at[1], 0), max(size[1] - height, 0))
+    y = (
+        y
+        if 0 <= y <= size[1] - height
+        else min(max(at[1] - height if below else at[1], 0), max(size[1] - height, 0))
+    )
     pen.rectangle([x, y, x + width, y + height], fill=colour)
     pen.text((x + 4 - left, y + 3 - top), text, fill=(0, 0, 0), font=font)

@@ -1,10 +1,11 @@
 """The report's charts: Matplotlib to inline SVG that follows the page's colours.
 
 Decisions:
-- Figures are built without pyplot (no global state, no display) and drawn with marker colours that are then replaced by
-  ``currentColor`` and the page's CSS variables, so one SVG is right in light and dark.
+- Figures are built without pyplot (no global state, no display) and drawn with marker colours that are then
+  replaced by ``currentColor`` and the page's CSS variables, so one SVG is right in light and dark.
 - Text stays text (small, searchable), never read as TeX: stage names and metric names come from outside.
-- Ids are prefixed by the chart's name, since all charts share one HTML document; metadata and namespaces are dropped.
+- Ids are prefixed by the chart's name, since all charts share one HTML document; metadata and namespaces are
+  dropped.
 - Long curves are thinned to a few hundred points and shown raw and faint under their running mean.
 """
 
@@ -40,8 +41,8 @@ class Curve:
 def curves(metrics: Iterable[Mapping[str, Any]], field: str) -> list[Curve]:
     """One curve of ``field`` for every stage (and round, where a line names one), in order of appearance.
 
-    Lines without a numeric step or without the field are other kinds of line. A step written twice (a resumed run)
-    counts as it was written last.
+    Lines without a numeric step or without the field are other kinds of line. A step written twice (a
+    resumed run) counts as it was written last.
     """
     found: dict[str, dict[int, float]] = {}
     for row in metrics:
@@ -61,7 +62,7 @@ def curves(metrics: Iterable[Mapping[str, Any]], field: str) -> list[Curve]:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the values at most ``window // 2`` away (fewer at the ends), [n]: centred, so a falling curve does not lag."""
+    """Mean over the values at most ``window // 2`` away, [n]; centred, so that it does not lag."""
     total = np.cumsum(np.insert(values, 0, 0.0))
     places = np.arange(len(values))
     starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
@@ -69,7 +70,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
-    """Curves over steps as an SVG element; the label, last value and lowest value are in its accessible name."""
+    """Curves over steps as an SVG element; first, last and lowest values are in its accessible name."""
     figure, axes = _figure(4.2, 2.5)
     for index, line in enumerate(lines):
         colour = SERIES[index % len(SERIES)]
@@ -84,15 +85,20 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     said = "; ".join(
-        f"{line.label}: from {line.values[0]:.3g} to {line.values[-1]:.3g}, lowest {line.values.min():.3g}" for line in lines
+        f"{line.label}: from {line.values[0]:.3g} to {line.values[-1]:.3g}, lowest {line.values.min():.3g}"
+        for line in lines
     )
     return _svg(figure, name, f"{y_label} over steps. {said}")
 
 
 def position_map(name: str, layout: Layout, extent: float, said: str) -> str:
-    """Height (down) against width position of one sequence: dots, squares and triangles are text, patches and text after them."""
+    """Height (down) against width position: dots are text, squares patches, triangles text after them."""
     figure, axes = _figure(3.1, 3.1)
-    for part, colour, marker in ((layout.before, SERIES[0], "o"), (layout.vision, SERIES[1], "s"), (layout.after, SERIES[2], "^")):
+    for part, colour, marker in (
+        (layout.before, SERIES[0], "o"),
+        (layout.vision, SERIES[1], "s"),
+        (layout.after, SERIES[2], "^"),
+    ):
         axes.scatter(part[2], part[1], s=16, c=colour, marker=marker, linewidths=0)
     axes.set_xlim(-1, extent + 1)
     axes.set_ylim(extent + 1, -1)
@@ -106,11 +112,22 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings = {
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "text.parse_math": False,
-        "font.size": 10, "axes.linewidth": 0.6, "axes.grid": True, "grid.color": INK, "grid.alpha": 0.12,
-    }  # fmt: skip
+    settings: Any = {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "grid.color": INK,
+        "grid.alpha": 0.12,
+    }
     with rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_visible(False)
@@ -128,7 +145,11 @@ def _svg(figure: Any, name: str, said: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", text.split(">", 1)[0]) + ">" + text.split(">", 1)[1]
+    text = (
+        re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", text.split(">", 1)[0])
+        + ">"
+        + text.split(">", 1)[1]
+    )
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
     text = text.replace(INK, "currentColor")

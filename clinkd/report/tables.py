@@ -2,8 +2,10 @@
 
 Decisions:
 - Values are fractions inside and percent on the page, CIDEr apart (it runs to 10 and is printed as it is).
-- A column shows one metric for all its rows: the published one when it was measured, else the next best, by name.
-- An interval is looked for in the honest part under a few spellings; a report without one says so and judges by the value alone.
+- A column shows one metric for all its rows: the published one when it was measured, else the next best, by
+  name.
+- An interval is looked for in the honest part under a few spellings; a report without one says so and judges
+  by the value alone.
 - Everything may be missing. What is missing becomes None here and a sentence on the page.
 """
 
@@ -21,9 +23,18 @@ from clinkd.data.records import MODALITIES, TASK_NAMES, TASKS, Box
 from clinkd.data.templates import size_word
 
 METRIC_NAMES = {
-    "recall_at_50": "Recall@0.5", "recall": "recall", "spice": "SPICE", "mbmr": "mBMR", "meteor": "METEOR",
-    "rouge_l": "ROUGE-L", "cider": "CIDEr", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
-}  # fmt: skip
+    "recall_at_50": "Recall@0.5",
+    "recall": "recall",
+    "spice": "SPICE",
+    "mbmr": "mBMR",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+}
 # The metric of the published table first, then what stands in for it.
 HEADLINES = {
     "vg": ("recall_at_50",), "roc": ("recall",),
@@ -57,14 +68,14 @@ def mapping(value: object) -> Mapping[str, Any]:
 
 
 def answer_text(value: object) -> str:
-    """A response as text: a string, or the official files' one-element list; end tokens removed."""
+    """A response as text: a string or the official files' one-element list; end tokens removed."""
     if isinstance(value, (list, tuple)):
         value = value[0] if value else ""
     return _END.sub("", "" if value is None else str(value)).strip()
 
 
 def answer_boxes(text: str) -> list[Box]:
-    """Boxes of an answer as the published protocol finds them: ``<box>`` spans, or else bare ``(x1,y1),(x2,y2)``."""
+    """Boxes as the published protocol finds them: ``<box>`` spans, or else bare ``(x1,y1),(x2,y2)``."""
     text = from_qwen(text)
     if "<box>" not in text:
         text = _BARE.sub(r"<box>(\1,\2),(\3,\4)</box>", text)
@@ -87,13 +98,26 @@ def task_mean(part: Mapping[str, Any], metric: str) -> float | None:
 
 def headline(task: str, part: Mapping[str, Any]) -> str:
     """The metric a task is shown by: the first of its list that was measured."""
-    return next((metric for metric in HEADLINES[task] if task_mean(part, metric) is not None), HEADLINES[task][0])
+    return next(
+        (metric for metric in HEADLINES[task] if task_mean(part, metric) is not None), HEADLINES[task][0]
+    )
 
 
 def find_interval(honest: Mapping[str, Any], metric: str) -> Interval | None:
-    """The 95% interval of a metric in the honest part, as {"low", "high"} or a pair, under the usual spellings."""
+    """The 95% interval of a metric in the honest part: {low, high} or a pair, under the usual spellings."""
     tails = ("", "_ci", "_ci95", "_ci_95", "_interval", "_interval_95")
-    groups = ("", "mean", "intervals", "interval", "interval_95", "ci", "ci95", "ci_95", "bootstrap", "bootstrap_95")
+    groups = (
+        "",
+        "mean",
+        "intervals",
+        "interval",
+        "interval_95",
+        "ci",
+        "ci95",
+        "ci_95",
+        "bootstrap",
+        "bootstrap_95",
+    )
     for group in groups:
         inside = mapping(honest.get(group)) if group else honest
         for tail in tails:
@@ -107,8 +131,17 @@ def find_interval(honest: Mapping[str, Any], metric: str) -> Interval | None:
 def _as_interval(value: object) -> Interval | None:
     point = None
     if isinstance(value, Mapping):
-        point = next((p for key in ("value", "mean", "point", "estimate") if (p := number(value.get(key))) is not None), None)
-        inner = next((value[key] for key in ("ci", "ci95", "ci_95", "interval", "interval_95") if key in value), None)
+        point = next(
+            (
+                p
+                for key in ("value", "mean", "point", "estimate")
+                if (p := number(value.get(key))) is not None
+            ),
+            None,
+        )
+        inner = next(
+            (value[key] for key in ("ci", "ci95", "ci_95", "interval", "interval_95") if key in value), None
+        )
         value = inner if inner is not None else (value.get("low"), value.get("high"))
     if isinstance(value, (list, tuple)) and len(value) == 2:
         low, high = number(value[0]), number(value[1])
@@ -136,16 +169,25 @@ def summary_cards(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         value, baseline = task_mean(part, metric), number(baselines.get(task))
         interval = find_interval(mapping(part.get("honest")), metric)
         gain = None if value is None or baseline is None else value - baseline
-        cards.append({
-            "task": task, "name": TASK_NAMES[task], "metric": METRIC_NAMES[metric], "value": value, "baseline": baseline,
-            "gain": gain, "interval": interval, "verdict": verdict(value, baseline, interval),
-            "has_baseline": task in ("vg", "roc"), "missing": why_missing(task, part, metric) if value is None else "",
-        })  # fmt: skip
+        cards.append(
+            {
+                "task": task,
+                "name": TASK_NAMES[task],
+                "metric": METRIC_NAMES[metric],
+                "value": value,
+                "baseline": baseline,
+                "gain": gain,
+                "interval": interval,
+                "verdict": verdict(value, baseline, interval),
+                "has_baseline": task in ("vg", "roc"),
+                "missing": why_missing(task, part, metric) if value is None else "",
+            }
+        )
     return cards
 
 
 def verdict(value: float | None, baseline: float | None, interval: Interval | None) -> str:
-    """better | worse | unclear with an interval, above | below | level without one, unknown when a side is missing."""
+    """better, worse, unclear with an interval; above, below, level without; unknown if a side is missing."""
     if value is None or baseline is None:
         return "unknown"
     if interval is None:
@@ -180,33 +222,54 @@ def task_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         scores = mapping(part.get("modalities"))
         for modality in MODALITIES:
             cells[modality].append(_cell(mapping(scores.get(modality)), metric))
-    return {"columns": columns, "cells": cells, "means": means, "baselines": baselines, "published": published}
+    return {
+        "columns": columns,
+        "cells": cells,
+        "means": means,
+        "baselines": baselines,
+        "published": published,
+    }
 
 
 def _cell(scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
     rows = next((n for key in ("targets", "rows") if (n := number(scores.get(key))) is not None), None)
     empty = not scores or rows == 0
-    return {"value": None if empty else metric_value(scores, metric), "rows": None if rows is None else int(rows)}
+    return {
+        "value": None if empty else metric_value(scores, metric),
+        "rows": None if rows is None else int(rows),
+    }
 
 
-def text_table(part: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All text metrics of RC or MIA, a row a modality and the mean; None when none was measured."""
+def text_table(task: str, part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All text metrics of RC or MIA, a row a modality and the mean; None when none was measured.
+
+    SPICE belongs to RC alone and mBMR to MIA alone, as published.
+    """
     scores = {modality: mapping(mapping(part.get("modalities")).get(modality)) for modality in MODALITIES}
-    shown = [m for m in TEXT_METRICS if task_mean(part, m) is not None or any(number(s.get(m)) is not None for s in scores.values())]
+    metrics = [metric for metric in TEXT_METRICS if metric != ("mbmr" if task == "rc" else "spice")]
+    shown = [
+        m
+        for m in metrics
+        if task_mean(part, m) is not None or any(number(row.get(m)) is not None for row in scores.values())
+    ]
     if not shown:
         return None
-    rows = [(modality, [metric_value(scores[modality], metric) for metric in shown]) for modality in MODALITIES]
+    rows = [
+        (modality, [metric_value(scores[modality], metric) for metric in shown]) for modality in MODALITIES
+    ]
     rows.append(("mean", [task_mean(part, metric) for metric in shown]))
     return {"metrics": [(metric, METRIC_NAMES[metric]) for metric in shown], "rows": rows}
 
 
 def honest_rows(honest: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float, Interval | None]]:
-    """The honest numbers flattened to (name, value, interval); the intervals' own entries are not listed again."""
+    """The honest numbers flattened to (name, value, interval), intervals not listed again."""
     rows: list[tuple[str, float, Interval | None]] = []
     for key, value in honest.items():
         name = f"{prefix}{str(key).replace('_', ' ')}"
         interval = _as_interval(value) if isinstance(value, Mapping) else find_interval(honest, str(key))
-        plain = number(value) if not isinstance(value, Mapping) else interval and interval.point
+        plain = number(value)
+        if plain is None and isinstance(value, Mapping) and interval is not None:
+            plain = interval.point
         if plain is not None:
             rows.append((name, plain, interval))
         elif isinstance(value, Mapping) and not any(_as_interval(inner) for inner in value.values()):
@@ -247,7 +310,7 @@ def roc_hit(annotation: str, response: str) -> bool:
 
 
 def confusions(predictions: Iterable[Mapping[str, Any]], most: int = 12) -> list[dict[str, Any]]:
-    """The most frequent wrong ROC answers: truth, answer, how often of how many, and whether only the side is wrong."""
+    """The most frequent wrong ROC answers: truth, answer, times, asked, and if just the side is wrong."""
     wrong: Counter[tuple[str, str]] = Counter()
     asked: defaultdict[str, int] = defaultdict(int)
     for row in predictions:
@@ -259,7 +322,13 @@ def confusions(predictions: Iterable[Mapping[str, Any]], most: int = 12) -> list
             wrong[truth.lower(), answer.lower()[:60]] += 1
     ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:most]
     return [
-        {"truth": truth, "answer": answer, "times": times, "asked": asked[truth], "side": _other_side(truth) == answer.rstrip(".")}
+        {
+            "truth": truth,
+            "answer": answer,
+            "times": times,
+            "asked": asked[truth],
+            "side": _other_side(truth) == answer.rstrip("."),
+        }
         for (truth, answer), times in ordered
     ]
 

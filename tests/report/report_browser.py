@@ -1,6 +1,7 @@
 """Chromium for the report's tests, spoken to over a pipe: no port, no driver, no package.
 
-The DevTools protocol over file descriptors 3 (to the browser) and 4 (from it): JSON messages, each ended by a zero byte.
+The DevTools protocol over file descriptors 3 (to the browser) and 4 (from it): JSON messages, each ended by a
+zero byte.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-extensions",
-    "--disable-background-networking", "--disable-component-update", "--disable-default-apps", "--disable-dev-shm-usage",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-dev-shm-usage",
+)
 
 
 def find_browser() -> str | None:
@@ -42,9 +52,21 @@ class Page:
         # The shell renames the pipes to 3 and 4; doing it in a forked Python is not safe beside threads.
         command = f'exec "$@" 3<&{to_read} 4>&{from_write}'
         self._process = subprocess.Popen(
-            ["bash", "-c", command, "bash", binary, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_read, from_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                "bash",
+                "-c",
+                command,
+                "bash",
+                binary,
+                *FLAGS,
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            pass_fds=(to_read, from_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_read)
         os.close(from_write)
         self._session: str | None = None
@@ -56,7 +78,9 @@ class Page:
     def __enter__(self) -> Page:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._to)  # Chromium ends when its pipe does
         try:
             self._process.wait(10)
@@ -107,15 +131,24 @@ class Page:
 
     def open(self, url: str, width: int = 1200, height: int = 900, *, dark: bool = False) -> None:
         """Opens the page at a width in CSS pixels; under 600 it is a phone's screen."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self._loaded = False
         self.call("Page.navigate", url=url)
         while not self._loaded:
             self._read()
 
     def js(self, expression: str) -> Any:
-        """The expression's value (a promise's result), by value. Raises RuntimeError where the page throws."""
+        """The expression's value (a promise's result). Raises RuntimeError where the page throws."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))

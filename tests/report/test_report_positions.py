@@ -22,7 +22,9 @@ def test_plain_mrope_starts_one_after_the_text_and_goes_on_one_after_the_largest
 
 
 def test_guided_positions_by_hand():
-    layout = lay_out(1, (1, 2, 2), 1, Guidance(lambda_h=2, lambda_w=4, alpha_h=0.5, alpha_w=1.5, gamma=1.0, score=0.5))
+    layout = lay_out(
+        1, (1, 2, 2), 1, Guidance(lambda_h=2, lambda_w=4, alpha_h=0.5, alpha_w=1.5, gamma=1.0, score=0.5)
+    )
     # λ is stretched by 1.5: λh = 3, λw = 6, λt = 4.5; the last text token sits at 0.
     assert layout.vision.tolist() == [[4.5] * 4, [3, 3, 3.5, 3.5], [6, 7.5, 6, 7.5]]
     assert layout.after.tolist() == [[13.5]] * 3
@@ -40,7 +42,7 @@ def test_an_empty_sequence_and_foreign_parameters_are_no_error():
 
 
 def test_released_parameters_give_the_released_codes_positions():
-    """The first sample of the golden file: text, a 6 × 5 image, text (a second image follows and is left out)."""
+    """The golden file's first sample: text, a 6 × 5 image, text; the second image after it is left out."""
     shared = Path(os.environ.get("CLINKD_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
     golden = shared / "golden" / "rope" / "released_code.json"
     if not golden.exists():
@@ -48,7 +50,9 @@ def test_released_parameters_give_the_released_codes_positions():
     data = json.loads(golden.read_text())
     case = data["cases"][0]
     ids, mask = np.array(case["input_ids"][0]), np.array(case["attention_mask"][0], bool)
-    want = np.array(case["position_ids"])[:, 0] if np.ndim(case["position_ids"]) == 3 else case["position_ids"]
+    want = (
+        np.array(case["position_ids"])[:, 0] if np.ndim(case["position_ids"]) == 3 else case["position_ids"]
+    )
     want = np.asarray(want).reshape(3, -1)[:, mask]
     is_image = ids[mask] == data["image_token_id"]
     first = int(is_image.argmax())
