@@ -184,6 +184,7 @@ def _maps(guidance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _pictures(run: ReportInputs) -> dict[str, Any]:
     cards, rows = gallery.choose(run.predictions), gallery.choose_feedback(run.feedback)
     wanted = {card.image for card in cards} | {str(row.get("image", "")) for row in rows}
+    wanted.discard("")
     images = run.images(sorted(wanted)) if wanted else {}
     feedback_budget, gallery_budget = Budget(FEEDBACK_BYTES), Budget(GALLERY_BYTES)
     events = [row for row in run.metrics if row.get("stage") == "reflect" and "event" in row]

@@ -1,7 +1,8 @@
 """Boxes drawn on images, embedded as data URIs.
 
 Decisions:
-- Colour never stands alone: the truth is a solid line, an answer dashed, and each box carries its word.
+- Colour never stands alone: the truth is a solid line, an answer dashed (the truth shows through its gaps), and each
+  box carries its word.
 - Images are brought to one size first (small ones up, bicubic), so that lines and words look the same on all.
 - JPEG without chroma subsampling: a third of a PNG on noisy images, and thin coloured lines stay clean.
 - All overlays of a report share one byte budget; when it is spent, further images are left out and counted.
@@ -107,8 +108,8 @@ def _draw_mark(pen: ImageDraw.ImageDraw, size: tuple[int, int], mark: Mark) -> N
     x2, y2 = min(x2, size[0] - 1), min(y2, size[1] - 1)
     corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
     for start, end in pairwise(corners):
-        pen.line([start, end], fill=(0, 0, 0), width=5)  # a dark edge keeps the line visible on any image
         for a, b in _dashes(start, end) if dashed else [(start, end)]:
+            pen.line([a, b], fill=(0, 0, 0), width=5)  # a dark edge keeps the line visible on any image
             pen.line([a, b], fill=colour, width=3)
     if mark.label:
         _write(pen, size, mark.label, colour, (x1, y1 if not dashed else y2), below=dashed)
