@@ -37,6 +37,15 @@ def test_a_phantom_is_enlarged_and_its_box_drawn_where_it_lies():
     assert np.abs(inside - STYLES["truth"][0]).max() > 60
 
 
+def test_a_perfect_answer_does_not_hide_the_truth():
+    png, _ = draw(SPEC, 0)
+    box = (200, 200, 800, 800)
+    picture = opened(overlay(png, [Mark(box, "truth"), Mark(box, "answer")]))
+    edge = np.asarray(picture, int)[round(0.2 * SIDE), round(0.25 * SIDE) : round(0.75 * SIDE)]
+    for kind in ("truth", "answer"):
+        assert (np.abs(edge - STYLES[kind][0]).max(axis=1) < 70).sum() > 20
+
+
 @pytest.mark.parametrize(
     "box", [(0, 0, 1000, 1000), (0, 0, 1, 1), (999, 999, 1000, 1000), (0, 400, 1000, 401)]
 )
