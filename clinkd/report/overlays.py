@@ -1,8 +1,8 @@
 """Boxes drawn on images, embedded as data URIs.
 
 Decisions:
-- Colour never stands alone: the truth is a solid line, an answer dashed with the truth in its gaps, and each box
-  carries its word.
+- Colour never stands alone: the truth is a solid line, an answer dashed with the truth in its gaps, and each
+  box carries its word.
 - Images are brought to one size first (small ones up, bicubic), so that lines and words look the same on all.
 - JPEG without chroma subsampling: a third of a PNG on noisy images, and thin coloured lines stay clean.
 - All overlays of a report share one byte budget; when it is spent, further images are left out and counted.
