@@ -1,0 +1,158 @@
+"""The report's charts: Matplotlib to inline SVG that follows the page's colours.
+
+Decisions:
+- Figures are built without pyplot (no global state, no display) and drawn with marker colours that are then
+  replaced by ``currentColor`` and the page's CSS variables, so one SVG is right in light and dark.
+- Text stays text (small, searchable), never read as TeX: stage names and metric names come from outside.
+- Ids are prefixed by the chart's name, since all charts share one HTML document; metadata and namespaces are
+  dropped.
+- Long curves are thinned to a few hundred points and shown raw and faint under their running mean.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clinkd.report.positions import Layout
+from clinkd.report.tables import number
+
+INK = "#010203"
+SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04")  # var(--s1) … var(--s4)
+MOST_POINTS = 300
+MOST_CURVES = 12
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over steps, both [n]; ``dropped`` counts values that were not finite."""
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    dropped: int = 0
+
+
+def curves(metrics: Iterable[Mapping[str, Any]], field: str) -> list[Curve]:
+    """One curve of ``field`` for every stage (and round, where a line names one), in order of appearance.
+
+    Lines without a numeric step or without the field are other kinds of line. A step written twice (a
+    resumed run) counts as it was written last.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for row in metrics:
+        step = number(row.get("step"))
+        if step is None or not isinstance(row.get(field), (int, float)):
+            continue
+        label = str(row.get("stage", "run")) + (f", round {row['round']}" if "round" in row else "")
+        found.setdefault(label, {})[int(step)] = float(row[field])
+    made = []
+    for label, points in found.items():
+        steps = np.array(sorted(points))
+        values = np.array([points[step] for step in steps])
+        finite = np.isfinite(values)
+        if finite.any():
+            made.append(Curve(label, steps[finite], values[finite], int((~finite).sum())))
+    return made[:MOST_CURVES]
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the values at most ``window // 2`` away, [n]; centred, so that it does not lag."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    places = np.arange(len(values))
+    starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
+    """Curves over steps as an SVG element; first, last and lowest values are in its accessible name."""
+    figure, axes = _figure(4.2, 2.5)
+    for index, line in enumerate(lines):
+        colour = SERIES[index % len(SERIES)]
+        mean = running_mean(line.values, max(1, len(line.values) // 20))
+        keep = np.unique(np.linspace(0, len(mean) - 1, MOST_POINTS).astype(int))
+        if len(line.values) > 20:
+            axes.plot(line.steps[keep], line.values[keep], color=colour, linewidth=0.8, alpha=0.3)
+        marker = "o" if len(keep) == 1 else ""
+        axes.plot(line.steps[keep], mean[keep], color=colour, linewidth=1.8, marker=marker, label=line.label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(y_label)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    said = "; ".join(
+        f"{line.label}: from {line.values[0]:.3g} to {line.values[-1]:.3g}, lowest {line.values.min():.3g}"
+        for line in lines
+    )
+    return _svg(figure, name, f"{y_label} over steps. {said}")
+
+
+def position_map(name: str, layout: Layout, extent: float, said: str) -> str:
+    """Height (down) against width position: dots are text, squares patches, triangles text after them."""
+    figure, axes = _figure(3.1, 3.1)
+    for part, colour, marker in (
+        (layout.before, SERIES[0], "o"),
+        (layout.vision, SERIES[1], "s"),
+        (layout.after, SERIES[2], "^"),
+    ):
+        axes.scatter(part[2], part[1], s=16, c=colour, marker=marker, linewidths=0)
+    axes.set_xlim(-1, extent + 1)
+    axes.set_ylim(extent + 1, -1)
+    axes.set_aspect("equal")
+    axes.set_xlabel("width position")
+    axes.set_ylabel("height position")
+    return _svg(figure, name, said)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "grid.color": INK,
+        "grid.alpha": 0.12,
+    }
+    with rc_context(settings):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.patch.set_visible(False)
+        return figure, figure.add_subplot()
+
+
+def _svg(figure: Any, name: str, said: str) -> str:
+    from html import escape
+
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = (
+        re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", text.split(">", 1)[0])
+        + ">"
+        + text.split(">", 1)[1]
+    )
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
+    text = text.replace(INK, "currentColor")
+    for index, colour in enumerate(SERIES, 1):
+        text = text.replace(colour, f"var(--s{index})")
+    return text.replace("<svg", f'<svg class="chart" role="img" aria-label="{escape(said)}"', 1)
