@@ -22,7 +22,7 @@ from functools import lru_cache
 
 from clinkd.reflect.words import (
     LEVELS,
-    NAMES,
+    MODALITY_WORDS,
     NUMBERS,
     PLACES,
     PREPOSITIONS,
@@ -102,6 +102,14 @@ def named_overlap(truth: str, answer: str) -> tuple[float, float] | None:
         return None
     shared = len(first & second)
     return shared / min(len(first), len(second)), 2 * shared / (len(first) + len(second))
+
+
+def modality_conflict(truth: str, answer: str) -> bool:
+    """The texts name modalities, and none in common ("CT image", "fundus image")."""
+    first, second = (
+        {MODALITY_WORDS[word] for word in tokens(text) if word in MODALITY_WORDS} for text in (truth, answer)
+    )
+    return bool(first and second and not first & second)
 
 
 def sides_of(text: str) -> frozenset[str]:
@@ -313,14 +321,3 @@ def _replaced(text: str, *rules: tuple[re.Pattern[str], str]) -> list[str]:
     for pattern, common in rules:
         joined = pattern.sub(common, joined)
     return joined.split()
-
-
-__all__ = [
-    "NAMES",
-    "Mention",
-    "laterality_conflict",
-    "named_overlap",
-    "negation_conflict",
-    "number_conflict",
-    "sides_of",
-]

@@ -22,6 +22,7 @@ from clinkd.data.boxes import from_qwen, iou, parse_boxes
 from clinkd.data.records import TASKS
 from clinkd.reflect.checks import (
     laterality_conflict,
+    modality_conflict,
     named_overlap,
     negation_conflict,
     number_conflict,
@@ -68,6 +69,7 @@ def judge(
     *,
     iou_threshold: float = 0.5,
     similarity_threshold: float = 0.75,
+    names_threshold: float = 0.5,
     weight: float = 0.5,
 ) -> list[Verdict]:
     """Judges one response a sample.
@@ -77,6 +79,8 @@ def judge(
         responses: what the model said, with ``<box>`` spans or Qwen2-VL's tokens.
         iou_threshold: the best overlap of every target must be above it (VG).
         similarity_threshold: the similarity must reach it (RC, MIA; ROC answers in other words).
+        names_threshold: how far the organs and findings named must be the truth's: their F1 (ROC, MIA), or the
+            shared part of the shorter list (VG, RC).
         weight: of the similarity in the score of an answer with boxes.
 
     Raises:
@@ -94,7 +98,7 @@ def judge(
     verdicts = []
     for sample, answer, near in zip(samples, answers, alike.tolist(), strict=True):
         overlap, worst = box_overlap(sample["answer"], answer)
-        reason = fault(sample, answer, worst=worst, iou_threshold=iou_threshold)
+        reason = fault(sample, answer, worst, iou_threshold=iou_threshold, names_threshold=names_threshold)
         if reason is None and not _alike_enough(sample, answer, near, similarity_threshold):
             reason = "wrong_object" if sample["task"] == "roc" else "low_similarity"
         value = score(near, overlap, weight=weight) * (0.5 if reason in CONFLICTS else 1.0)
@@ -135,7 +139,14 @@ def _bare_boxes(text: str) -> list[tuple[int, int, int, int]]:
     return parse_boxes("".join(f"<box>{span}</box>" for span in _BARE.findall(text)), strict=False)
 
 
-def fault(sample: Mapping[str, Any], answer: str, *, worst: float, iou_threshold: float = 0.5) -> str | None:
+def fault(
+    sample: Mapping[str, Any],
+    answer: str,
+    worst: float,
+    *,
+    iou_threshold: float = 0.5,
+    names_threshold: float = 0.5,
+) -> str | None:
     """The first of ``REASONS`` that holds without asking the similarity.
 
     Args:
@@ -152,13 +163,13 @@ def fault(sample: Mapping[str, Any], answer: str, *, worst: float, iou_threshold
         return "format"
     if grounded and not parse_boxes(answer, strict=False):
         return "no_box"
-    conflict = _conflict(task, truth, answer)
+    conflict = _conflict(task, truth, answer, names_threshold)
     if conflict is None and grounded and worst <= iou_threshold:
         return "low_iou"
     return conflict
 
 
-def _conflict(task: str, truth: str, answer: str) -> str | None:
+def _conflict(task: str, truth: str, answer: str, names_threshold: float) -> str | None:
     if laterality_conflict(truth, answer) or (task == "roc" and _side_missed(truth, answer)):
         return "laterality"
     if negation_conflict(truth, answer):
@@ -166,8 +177,10 @@ def _conflict(task: str, truth: str, answer: str) -> str | None:
     if number_conflict(truth, answer):
         return "number"
     overlap = named_overlap(truth, answer)
-    # A ROC answer is one name, so others beside it count against it; elsewhere a longer text may name more.
-    if overlap is not None and overlap[1 if task == "roc" else 0] < 0.5:
+    # ROC asks for one name and MIA for all of them, so that others count against it; VG and RC may name more.
+    if overlap is not None and overlap[1 if task in ("roc", "mia") else 0] < names_threshold:
+        return "wrong_object"
+    if modality_conflict(truth, answer):
         return "wrong_object"
     return None
 

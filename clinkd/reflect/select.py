@@ -81,6 +81,7 @@ def select_batch(
     weight: float = 0.5,
     floor: float = 0.6,
     iou_threshold: float = 0.5,
+    names_threshold: float = 0.5,
 ) -> list[Selection]:
     """Chooses a target for every sample; all similarities are computed in one call.
 
@@ -90,7 +91,7 @@ def select_batch(
         candidates: the corrector's answers, any number a sample.
         weight: of the similarity to the truth against the IoU, where the truth has boxes.
         floor: the least score of a target.
-        iou_threshold: as in ``judge``.
+        iou_threshold, names_threshold: as in ``judge``.
 
     Raises:
         ValueError: the three lists differ in length, or weight or floor is outside [0, 1].
@@ -113,23 +114,24 @@ def select_batch(
             near = next(alike)
             overlap, worst = box_overlap(sample["answer"], text)
             value = round(score(near, overlap, weight=weight), 6)
-            veto = _veto(sample, tidy(wrong), text, worst, iou_threshold) or (
-                "floor" if value < floor else None
+            veto = fault(sample, text, worst, iou_threshold=iou_threshold, names_threshold=names_threshold)
+            veto = (
+                veto
+                or _worthless(sample["answer"], tidy(wrong), text)
+                or ("floor" if value < floor else None)
             )
             scored.append(ScoredCandidate(text, value, near, overlap, veto))
         selections.append(_choose(sample["answer"], scored))
     return selections
 
 
-def _veto(sample: Mapping[str, Any], wrong: str, text: str, worst: float, iou_threshold: float) -> str | None:
-    reason = fault(sample, text, worst=worst, iou_threshold=iou_threshold)
-    if reason is not None:
-        return reason
+def _worthless(truth: str, wrong: str, text: str) -> str | None:
+    """Why a faultless candidate still teaches nothing, if so."""
     if _OF_THE_EXERCISE.search(text):
         return "format"
     if says_the_same(text, wrong):
         return "unchanged"
-    return "parrot" if says_the_same(text, sample["answer"]) else None
+    return "parrot" if says_the_same(text, truth) else None
 
 
 def _choose(truth: str, scored: list[ScoredCandidate]) -> Selection:

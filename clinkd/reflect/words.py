@@ -70,11 +70,11 @@ NUMBERS = {word: value for value, word in enumerate(_COUNTED.split(), start=2)} 
 UNITS = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "centimeter": 10.0}  # in millimetres
 
 _IRREGULAR = {
-    "vertebrae": "vertebra", "metastases": "metastasis", "diverticula": "diverticulum", "bronchi": "bronchus",
-    "nuclei": "nucleus", "stenoses": "stenosis", "thromboses": "thrombosis", "emboli": "embolus",
-    "nevi": "nevus", "ova": "ovum", "septa": "septum", "hila": "hilum", "atria": "atrium", "humeri": "humerus",
-    "feet": "foot",
-    "calculi": "calculus", "thrombi": "thrombus", "femora": "femur", "scapulae": "scapula", "foci": "focus",
+    "vertebrae": "vertebra", "metastases": "metastasis", "diverticula": "diverticulum",
+    "bronchi": "bronchus", "nuclei": "nucleus", "stenoses": "stenosis", "thromboses": "thrombosis",
+    "emboli": "embolus", "nevi": "nevus", "ova": "ovum", "septa": "septum", "hila": "hilum",
+    "atria": "atrium", "humeri": "humerus", "feet": "foot", "calculi": "calculus",
+    "thrombi": "thrombus", "femora": "femur", "scapulae": "scapula", "foci": "focus",
 }  # fmt: skip
 
 _NAMES = """
@@ -177,6 +177,13 @@ NAMES = {
     for name, others in (line.split(":") for line in _NAMES.strip().splitlines())
     for variant in (name, *others.split())
 }
+
+MODALITY_WORDS = {
+    "ct": "ct", "mr": "mr", "mri": "mr", "xray": "x", "radiograph": "x",
+    "pet": "pet", "ultrasound": "ultrasound", "ultrasonography": "ultrasound", "sonogram": "ultrasound",
+    "endoscopic": "endoscopy", "endoscopy": "endoscopy",
+    "dermoscopic": "dermoscopy", "dermoscopy": "dermoscopy", "fundus": "fundus",
+}  # fmt: skip
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 _TAGS = re.compile(r"<box>.*?</box>|</?(?:box|ref|quad)>", re.S)
