@@ -178,16 +178,16 @@ def _numbers(text: str) -> tuple[Mention, ...]:
     mentions = []
     for clause in _clauses(tokens(text)):
         for at, word in enumerate(clause):
-            value = float(word) if word[0].isdigit() else NUMBERS.get(word)
+            value = float(word) if word[0].isdecimal() else NUMBERS.get(word)
             if value is None:
                 continue
             before = clause[at - 1] if at else ""
             scale, head = _unit_or_noun(clause[at + 1 : at + 7])
-            if word[0].isdigit() and (
+            if word[0].isdecimal() and (
                 before in _GRADES or (len(before) == 1 and before.isalpha() and before not in "ax")
             ):
                 scale, head = 1.0, frozenset({before})  # "grade 3", "L3", "T2"
-            if head or word[0].isdigit():  # "one of them" counts nothing
+            if head or word[0].isdecimal():  # "one of them" counts nothing
                 mentions.append(Mention(f"{value * scale:g}", head, _content(clause) - head - {word}))
     return tuple(mentions)
 
@@ -195,7 +195,7 @@ def _numbers(text: str) -> tuple[Mention, ...]:
 def _unit_or_noun(words: list[str]) -> tuple[float, frozenset[str]]:
     """(factor to millimetres, head) of a number: in "3 x 4 cm" both are centimetres."""
     rest = list(words)
-    while rest and (rest[0] in ("x", "by", "×") or rest[0][0].isdigit()):
+    while rest and (rest[0] in ("x", "by", "×") or rest[0][0].isdecimal()):
         rest.pop(0)
     if rest and (unit := stem(rest[0])) in UNITS:
         return UNITS[unit], frozenset({"mm"})

@@ -187,7 +187,7 @@ MODALITY_WORDS = {
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 _TAGS = re.compile(r"<box>.*?</box>|</?(?:box|ref|quad)>", re.S)
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|[a-z]+|[.,;:!?\n%]")
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[.,;:!?\n%]")
 
 
 def american(text: str) -> str:

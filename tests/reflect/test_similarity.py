@@ -23,6 +23,8 @@ WORDS = st.lists(st.sampled_from(["the", "left", "right", "kidney", "lung", "liv
         ("a b c d", "b d", 2 * 2 / 6),
         ("a b", "b a", 0.5),
         ("oedema", "edema", 1.0),
+        ("foie", "rate à 2²", 0.0),
+        ("肝", "脾", 0.0),
         ("liver", "spleen", 0.0),
         ("", "", 1.0),
         ("", "liver", 0.0),
