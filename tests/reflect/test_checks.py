@@ -79,6 +79,7 @@ NEGATION = [
     ("a benign lesion", "a malignant lesion", True),
     ("a non-enhancing lesion", "an enhancing lesion", True),
     ("Yes.", "No.", True),
+    ("No stone was found yesterday.", "No cyst was found; scanned yesterday.", False),
     ("No oedema.", "Edema.", True),
     ("A hepatic cyst.", "No cyst in the liver.", True),
     ("The liver.", "The spleen.", False),
