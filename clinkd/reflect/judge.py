@@ -79,8 +79,8 @@ def judge(
         responses: what the model said, with ``<box>`` spans or Qwen2-VL's tokens.
         iou_threshold: the best overlap of every target must be above it (VG).
         similarity_threshold: the similarity must reach it (RC, MIA; ROC answers in other words).
-        names_threshold: how far the organs and findings named must be the truth's: F1 for ROC and MIA, and for
-            VG and RC what part of the shorter list is shared.
+        names_threshold: how far the organs and findings named must be those of the truth: F1 (ROC, MIA), or
+            the shared part of the shorter list (VG, RC).
         weight: of the similarity in the score of an answer with boxes.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinkd.reflect.judge import REASONS, box_overlap, judge, repeats, score, tidy
@@ -225,6 +225,7 @@ PIECES = "left right kidney no liver <box> </box> (1,2),(30,40) 2 , . <|im_end|>
 TEXT = st.text(max_size=60) | st.lists(st.sampled_from(PIECES.split()), max_size=12).map(" ".join)
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.sampled_from(["vg", "roc", "rc", "mia"]), TEXT, TEXT)
 def test_any_text_is_judged_within_range_and_twice_alike(task: str, truth: str, response: str) -> None:
     first, second = (judge([sample(task, truth)], [response], RougeSimilarity())[0] for _ in range(2))
@@ -236,6 +237,7 @@ def test_any_text_is_judged_within_range_and_twice_alike(task: str, truth: str, 
     assert first.reason is None or first.reason in REASONS
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.floats(0, 1), st.none() | st.floats(0, 1), st.floats(0, 1))
 def test_score_stays_in_range(near: float, overlap: float | None, weight: float) -> None:
     assert 0 <= score(near, overlap, weight=weight) <= 1

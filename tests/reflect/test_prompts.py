@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinkd.data.boxes import parse_boxes, to_qwen
@@ -33,6 +33,7 @@ def test_a_loop_is_cut_between_boxes() -> None:
 PIECES = ["<box>", "</box>", "(1,2),(3,4)", "<|im_end|>", "<|", "|>", "x" * 150]
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text(max_size=80) | st.lists(st.sampled_from(PIECES)).map("".join))
 def test_whatever_the_model_said_tags_stay_paired_and_nothing_ends_the_turn(wrong: str) -> None:
     prompt = correction_prompt(QUESTION, TRUTH, wrong)
