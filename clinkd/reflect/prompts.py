@@ -1,0 +1,46 @@
+"""What the corrector is told.
+
+Decisions:
+- What stays the same from round to round (question, truth) comes first, what changes last, so that a prefix
+  behind the image can be shared.
+- Boxes of question and truth stay as they are; the wrong answer may be anything the model produced, so
+  control tokens are taken out (one of them would end the corrector's turn) and a loop is cut short.
+- The instructions hold no tag themselves: every ``<box>`` of the prompt is a box.
+"""
+
+from __future__ import annotations
+
+import re
+
+from clinkd.data.boxes import from_qwen
+
+MAX_WRONG = 400  # characters of the wrong answer that are shown
+
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?img>")
+_SPAN = re.compile(r"(<box>[^<>]*</box>)")
+_TAG = re.compile(r"</?box>")
+
+
+def correction_prompt(question: str, truth: str, wrong: str) -> str:
+    """The text beside the image for one correction; boxes as ``<box>`` spans (see ``to_qwen``)."""
+    return (
+        f"{question.strip()}\n"
+        f"What is true: {truth.strip()}\n"
+        f"A wrong first answer: {_shown(wrong)}\n"
+        "Look at the image and answer the question in full, in your own words. Keep the facts, sides and "
+        "coordinates of what is true, and do not mention the first answer."
+    )
+
+
+def _shown(wrong: str) -> str:
+    """The wrong answer on one line: whole boxes only, at most ``MAX_WRONG`` characters."""
+    text = " ".join(_SPECIAL.sub(" ", from_qwen(wrong)).split())
+    shown = ""
+    for index, part in enumerate(_SPAN.split(text)):  # words and boxes by turns
+        room = MAX_WRONG - len(shown)
+        if index % 2 == 0:
+            part = _TAG.sub("", part)
+        if len(part) > room:
+            return (shown + ("" if index % 2 else part[:room])).rstrip() + " …"
+        shown += part
+    return shown.strip() or "(none)"
