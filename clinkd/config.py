@@ -1,7 +1,7 @@
-"""One configuration for everything: frozen, checked whole, written as YAML with dotted overrides on the command line.
+"""One configuration for everything: frozen, checked whole, YAML with dotted overrides on the command line.
 
 Decisions:
-- Unknown keys are refused, and *all* errors of a file are listed at once, each with its path and the nearest known key.
+- Unknown keys are refused; *all* errors of a file are listed at once, with path and nearest known key.
 - YAML 1.1 reads ``5e-5`` as a string; the loader here reads it as the number that was meant.
 - A section knows which stage it matters to: fingerprints are taken from sections, never from the whole file.
 """
@@ -29,7 +29,9 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where a run lives."""
 
-    name: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the run under root")
+    name: str = Field(
+        "tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the run under root"
+    )
     root: str = Field("runs", description="folder that holds all runs and the artifacts they share")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
 
@@ -37,8 +39,12 @@ class RunSection(Section):
 class DataSection(Section):
     """Where images and questions come from."""
 
-    source: str = Field("phantoms", description="'phantoms', a Med-GRIT JSON/JSONL file, or an SA-Med2D folder")
-    images: str | None = Field(None, description="folder of the images when source is a JSON file (default: images/ beside it)")
+    source: str = Field(
+        "phantoms", description="'phantoms', a Med-GRIT JSON/JSONL file, or an SA-Med2D folder"
+    )
+    images: str | None = Field(
+        None, description="folder of the images when source is a JSON file (default: images/ beside it)"
+    )
     test_fraction: float = Field(0.1, gt=0, lt=1, description="share of the cases kept for evaluation")
     phantoms: int = Field(2000, ge=8, description="number of phantom images, when source is 'phantoms'")
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
@@ -74,26 +80,38 @@ class VisionSection(Section):
 class ModelSection(Section):
     """The student, and what teacher and student have in common."""
 
-    path: str | None = Field(None, description="folder of a Qwen2-VL checkpoint for the student; none: made here")
+    path: str | None = Field(
+        None, description="folder of a Qwen2-VL checkpoint for the student; none: made here"
+    )
     tiny: TinySection = TinySection()
     vision: VisionSection = VisionSection()
     vocab_size: int = Field(1024, ge=300, description="most tokens of a tokenizer made here")
     init: Literal["teacher_layers", "random"] = Field(
-        "teacher_layers", description="a student made here starts from evenly chosen layers of the teacher, or from nothing"
+        "teacher_layers",
+        description="a student made here starts from evenly chosen layers of the teacher, or from nothing",
     )
-    max_pixels: int | None = Field(None, description="images are resized to at most this area (checkpoints by path)")
-    train_vision: bool = Field(False, description="train the student's vision tower too (the paper freezes it)")
+    max_pixels: int | None = Field(
+        None, description="images are resized to at most this area (checkpoints by path)"
+    )
+    train_vision: bool = Field(
+        False, description="train the student's vision tower too (the paper freezes it)"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class TeacherSection(Section):
     """The teacher: a checkpoint by path, or a model trained here."""
 
-    path: str | None = Field(None, description="folder of the teacher's checkpoint; none: the stage teacher trains one")
+    path: str | None = Field(
+        None, description="folder of the teacher's checkpoint; none: the stage teacher trains one"
+    )
     tiny: TinySection = TinySection(layers=4)
     train_vision: bool = True
     correction_share: float = Field(
-        0.1, ge=0, le=0.5, description="share of training samples that ask to correct a wrong answer given the truth"
+        0.1,
+        ge=0,
+        le=0.5,
+        description="share of training samples that ask to correct a wrong answer given the truth",
     )
 
 
@@ -129,7 +147,9 @@ class OptimSection(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
-    questions_per_image: int = Field(1, ge=1, description="questions that share one image (and its vision tower pass) in a batch")
+    questions_per_image: int = Field(
+        1, ge=1, description="questions that share one image (and its vision tower pass) in a batch"
+    )
 
 
 class DistillSection(Section):
@@ -140,7 +160,9 @@ class DistillSection(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     chunk_size: int = Field(1024, ge=1, description="answer tokens whose logits exist at one time")
     share: float = Field(1.0, gt=0, le=1, description="share of the training images that the teacher labels")
-    unlabelled_share: float = Field(0.2, ge=0, le=1, description="share of those whose true answers are hidden from the student")
+    unlabelled_share: float = Field(
+        0.2, ge=0, le=1, description="share of those whose true answers are hidden from the student"
+    )
     start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
     end_quantile: float = Field(0.0, ge=0, le=1)
     optim: OptimSection = OptimSection()
@@ -158,8 +180,12 @@ class ReflectSection(Section):
     floor: float = Field(0.6, ge=0, le=1)
     iou_threshold: float = Field(0.5, gt=0, lt=1)
     similarity_threshold: float = Field(0.85, ge=0, le=1)
-    similarity: str = Field("auto", description="'minilm', 'rouge', 'auto', or the folder of a sentence encoder")
-    share: float = Field(0.25, ge=0, le=1, description="share of feedback in a batch; the rest is the full training data")
+    similarity: str = Field(
+        "auto", description="'minilm', 'rouge', 'auto', or the folder of a sentence encoder"
+    )
+    share: float = Field(
+        0.25, ge=0, le=1, description="share of feedback in a batch; the rest is the full training data"
+    )
     optim: OptimSection = OptimSection()
 
 
@@ -177,7 +203,9 @@ class ComputeSection(Section):
     workers: int = Field(2, ge=1)
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
-    address: str | None = Field(None, description="Ray address; none: the cluster of the job, or one started here")
+    address: str | None = Field(
+        None, description="Ray address; none: the cluster of the job, or one started here"
+    )
     actors: int = Field(2, ge=1, description="model actors of Ray Data stages (guide, label, predict)")
     zero_stage: int = Field(1, ge=0, le=3)
     teacher_zero_stage: int | None = Field(None, ge=0, le=3)
@@ -211,7 +239,9 @@ class SweepSection(Section):
     """Ray Tune with Optuna over any keys of this configuration."""
 
     trials: int = Field(4, ge=1)
-    metric: str = Field("score", description="what to maximise: score (mean of vg, roc, mbmr of rc and mia), vg, roc")
+    metric: str = Field(
+        "score", description="what to maximise: score (mean of vg, roc, mbmr of rc and mia), vg, roc"
+    )
     space: dict[str, ParameterSpace] = {}
 
 
@@ -236,14 +266,13 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 5e-5 and 1e3 as numbers, as YAML 1.2 does."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"), list("-+0123456789.")
-)  # fmt: skip
+_EXPONENT = re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -251,7 +280,9 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: a configuration is a mapping of sections, this is a {type(value).__name__}")
+        raise ConfigError(
+            f"{where}: a configuration is a mapping of sections, this is a {type(value).__name__}"
+        )
     return value
 
 
@@ -310,7 +341,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written section.key=value")
-    _set(values, key, yaml.load(text, Loader=_Loader) if text else None)  # noqa: S506 - a SafeLoader
+    _set(values, key, yaml.load(text, Loader=_Loader) if text else None)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

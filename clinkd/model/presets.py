@@ -1,9 +1,9 @@
 """Models made here: tiny Qwen2-VLs with their own tokenizer, for when there is no checkpoint to start from.
 
 Decisions:
-- The classes are transformers' own; only sizes differ, so that everything learnt here about the code holds for 2B and 7B.
-- The tokenizer is byte-level BPE made from the training text, so any text can be written; whole numbers are one piece
-  where the text repeats them, which makes a box four tokens of content. Special tokens are Qwen2-VL's.
+- The classes are transformers' own; only sizes differ, so what is learnt here about the code holds for 2B and 7B.
+- The tokenizer is byte-level BPE made from the training text, so any text can be written; whole numbers are one
+  piece where the text repeats them, which makes a box four tokens of content. Special tokens are Qwen2-VL's.
 - ``rope_theta`` is small: sequences are a few hundred tokens long, and a slow rotation tells nothing there.
 """
 
@@ -24,8 +24,9 @@ SPECIAL_TOKENS = (
 
 # Qwen2-VL's turns without a system prompt: at this size every token counts.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Words with their leading space, whole numbers, runs of punctuation such as "),(", white space.
 _PIECES = r"\d+| ?[^\W\d]+|[^\w\s]+|\s+"
@@ -56,7 +57,10 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int = 1024) -> 
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -76,12 +80,15 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int = 1024) -> 
 
 
 def image_processor(size: TinySize) -> Any:
-    """Qwen2-VL's image processor for square images of the preset's size (any image is resized to about its area)."""
+    """Qwen2-VL's image processor at the preset's size: any image is resized to about that area."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     area = size.image_size**2
     return Qwen2VLImageProcessorPil(
-        patch_size=size.patch, temporal_patch_size=1, merge_size=2, size={"shortest_edge": area, "longest_edge": area}
+        patch_size=size.patch,
+        temporal_patch_size=1,
+        merge_size=2,
+        size={"shortest_edge": area, "longest_edge": area},
     )
 
 
@@ -93,21 +100,41 @@ def tiny_config(size: TinySize, tokenizer: Any) -> Any:
     half = size.hidden // size.heads // 2
     section = [half // 4, (half - half // 4) // 2]
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": size.hidden, "intermediate_size": size.mlp,
-        "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.heads,
-        "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": ids[IM_END], "pad_token_id": ids[PAD],
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": ids[IM_END],
+        "pad_token_id": ids[PAD],
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [*section, half - sum(section)]
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "mrope_section": [*section, half - sum(section)],
         },
-    }  # fmt: skip
+    }
     vision = {
-        "depth": size.vision_layers, "embed_dim": size.vision_hidden, "hidden_size": size.hidden, "mlp_ratio": 3,
-        "num_heads": size.vision_heads, "patch_size": size.patch, "temporal_patch_size": 1, "spatial_merge_size": 2,
-    }  # fmt: skip
+        "depth": size.vision_layers,
+        "embed_dim": size.vision_hidden,
+        "hidden_size": size.hidden,
+        "mlp_ratio": 3,
+        "num_heads": size.vision_heads,
+        "patch_size": size.patch,
+        "temporal_patch_size": 1,
+        "spatial_merge_size": 2,
+    }
     return Qwen2VLConfig(
-        text_config=text, vision_config=vision, image_token_id=ids[IMAGE], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids[VISION_START], vision_end_token_id=ids[VISION_END], tie_word_embeddings=True,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids[IMAGE],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+    )
 
 
 def describe(size: TinySize) -> str:

@@ -1,0 +1,27 @@
+# make demo: the whole pipeline on phantoms.  make test: what CI runs.  make install: only the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_AUTH_MODE ?= disabled
+
+.PHONY: install demo test lint
+
+install: .venv/.installed
+
+# The lock pins what was tried together; clinkd itself follows without asking for anything more.
+.venv/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+demo: install
+	$(BIN)/clinkd run configs/tiny.yaml
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,70 @@
+"""The configuration: every mistake named at once, numbers read as they were meant."""
+
+from pathlib import Path
+
+import pytest
+
+from clinkd.config import ConfigError, RunConfig, load_config, to_yaml, with_values
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == RunConfig()
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "sft: {lr: 5e-5}\n"), ["reflect.optim.lr=1e-4", "run.name=other"])
+    assert (config.sft.lr, config.reflect.optim.lr, config.run.name) == (5e-5, 1e-4, "other")
+
+
+def test_all_mistakes_are_listed_at_once_with_path_and_hint(tmp_path: Path) -> None:
+    path = write(tmp_path, "distill: {temprature: 2}\ncompute: {zero_stage: 7, workers: none}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert any("distill.temprature" in line and "did you mean temperature?" in line for line in lines)
+    assert any("compute.zero_stage" in line for line in lines)
+    assert any("compute.workers" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words"])
+def test_what_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert "config.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_base_is_laid_under_and_a_circle_refused(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("run: {name: base, seed: 3}\n")
+    config = load_config(write(tmp_path, "base: base.yaml\nrun: {name: over}\n"))
+    assert (config.run.name, config.run.seed) == ("over", 3)
+    (tmp_path / "base.yaml").write_text("base: config.yaml\n")
+    with pytest.raises(ConfigError, match="back to itself"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_a_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = with_values(RunConfig(), {"rope.lambda_h": 1.5, "run.name": "x"})
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_a_swept_value_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"rope\.lambda_h"):
+        with_values(RunConfig(), {"rope.lambda_h": -1.0})
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "run.name.first=2"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path, "run: {name: a}\n"), [override])
