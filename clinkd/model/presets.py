@@ -1,9 +1,11 @@
 """Models made here: tiny Qwen2-VLs with their own tokenizer, for when there is no checkpoint to start from.
 
 Decisions:
-- The classes are transformers' own; only sizes differ, so what is learnt here about the code holds for 2B and 7B.
-- The tokenizer is byte-level BPE made from the training text, so any text can be written; whole numbers are one
-  piece where the text repeats them, which makes a box four tokens of content. Special tokens are Qwen2-VL's.
+- The classes are transformers' own; only sizes differ, so what is learnt here about the code holds
+  for 2B and 7B.
+- The tokenizer is byte-level BPE made from the training text, so any text can be written; whole numbers are
+  one piece where the text repeats them, which makes a box four tokens of content. Special tokens are
+  Qwen2-VL's.
 - ``rope_theta`` is small: sequences are a few hundred tokens long, and a slow rotation tells nothing there.
 """
 

@@ -1,0 +1,76 @@
+"""Prepared shards on their way into training workers: read through Ray Data, kept in one local Arrow file.
+
+Decisions:
+- A Ray Data iterator has no state to save, so it does not decide the order: it only brings the rows. They go
+  into a memory-mapped Arrow file, one per node and stage, and the ledger decides which row is read when.
+- Rows are sorted by record id, so the file is the same however the rows arrived.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class RecordTable:
+    """Random access to records: ``turns`` in memory, image bytes on demand from the mapped file."""
+
+    table: Any
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.table.column("id").to_pylist())
+
+    def turns(self, index: int) -> list[dict[str, Any]]:
+        return list(self.table.column("turns")[index].as_py())
+
+    def turn_counts(self) -> list[int]:
+        import pyarrow.compute as pc
+
+        return list(pc.list_value_length(self.table.column("turns")).to_pylist())
+
+    def image(self, index: int) -> bytes:
+        return bytes(self.table.column("png")[index].as_py())
+
+    def row(self, index: int) -> dict[str, Any]:
+        """All columns of one record but its image's bytes."""
+        names = [name for name in self.table.column_names if name != "png"]
+        return {name: self.table.column(name)[index].as_py() for name in names}
+
+
+def collect(batches: Iterable[Any], path: Path) -> Path:
+    """Writes Arrow tables or batches, sorted by id, to ``path`` (an Arrow IPC file); atomic."""
+    import pyarrow as pa
+
+    tables = [batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch]) for batch in batches]
+    table = pa.concat_tables(tables).sort_by("id").combine_chunks()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1024)
+    os.replace(unfinished, path)
+    return path
+
+
+def open_table(path: Path) -> RecordTable:
+    import pyarrow as pa
+
+    return RecordTable(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+
+@lru_cache(maxsize=4096)
+def decode(png: bytes) -> Any:
+    """An image as RGB, PIL."""
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).convert("RGB")

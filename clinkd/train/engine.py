@@ -1,0 +1,102 @@
+"""DeepSpeed from our configuration, in one place: optimiser, schedule, clipping, accumulation, precision.
+
+Decisions:
+- What a user lays in with ``compute.deepspeed: FILE`` is the base; keys that our configuration decides win.
+- On CPU the optimiser is torch's AdamW: DeepSpeed's own wants to compile one first, for nothing at this size.
+- The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from clinkd.config import ComputeSection, ConfigError, OptimSection, merge
+
+
+def deepspeed_config(optim: OptimSection, compute: ComputeSection, zero_stage: int) -> dict[str, Any]:
+    """The JSON that DeepSpeed gets.
+
+    Raises:
+        ConfigError: ``compute.deepspeed`` is no readable JSON object.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage == 3:
+        # Parameters under the threshold stay whole on every rank: gathering them costs more than they weigh.
+        zero |= {
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 10_000,
+        }
+    if compute.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    ours = {
+        "train_micro_batch_size_per_gpu": optim.batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "gradient_clipping": optim.clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": [0.9, 0.98],
+                "weight_decay": optim.weight_decay,
+                "torch_adam": compute.gpus_per_worker == 0,
+            },
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": compute.precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    return merge(_read_base(compute.deepspeed), ours)
+
+
+def _read_base(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"compute.deepspeed: {path}: {error}; give a JSON file of DeepSpeed's") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"compute.deepspeed: {path}: a JSON object is wanted")
+    return value
+
+
+def learning_rate(step: int, total: int, optim: OptimSection) -> float:
+    """Factor on ``optim.lr`` in step ``step`` of ``total``: linear warm-up, then constant or cosine to 2%."""
+    warm = max(1, round(optim.warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    if optim.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warm) / max(1, total - warm))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def start_engine(
+    module: Any,
+    parameters: Iterable[Any],
+    optim: OptimSection,
+    compute: ComputeSection,
+    zero_stage: int,
+    total: int,
+) -> Any:
+    """A DeepSpeed engine around ``module``; torch.distributed is already up (Ray Train did that)."""
+    if compute.gpus_per_worker == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from torch.optim.lr_scheduler import LambdaLR
+
+    curve: Callable[[int], float] = lambda step: learning_rate(step, total, optim)  # noqa: E731
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[parameter for parameter in parameters if parameter.requires_grad],
+        config=deepspeed_config(optim, compute, zero_stage),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, curve),
+        dist_init_required=False,
+    )
+    return engine

@@ -1,0 +1,240 @@
+"""One loop for every stage that trains: Ray Train workers, a DeepSpeed engine, the ledger, checkpoints.
+
+Decisions:
+- What a stage *is* (its model, batches and loss) stands in a :class:`Task`; the loop knows only this interface, so
+  the guide, the teacher, distillation and reflection differ nowhere else.
+- Losses come as sums with the number of tokens they are over; the loop divides by the tokens of all ranks and
+  accumulation steps, so that the result does not depend on how a batch was dealt out.
+- Rank 0 writes metrics as lines of a file beside the checkpoints: reporting each step to Ray Train would wait for its
+  controller. After a resume, lines past the checkpoint are cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from clinkd.config import ComputeSection, OptimSection
+from clinkd.train.ledger import Group, Ledger
+
+
+class Task(Protocol):
+    """What a training stage brings."""
+
+    def build(self) -> Any:
+        """The torch module whose forward takes one batch and returns {"loss": sum, ...sums} as scalars."""
+
+    def turn_counts(self) -> Sequence[int]:
+        """Turns of each record, for the ledger."""
+
+    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
+        """The module's arguments for these groups, and the tokens (or items) its sums are over."""
+
+    def save(self, state: dict[str, Any], out: Path) -> None:
+        """Writes the trained model, ``state`` being the whole state dict of the module; rank 0 only."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs; it travels by value."""
+
+    stage: str
+    make_task: Callable[[Any, Path], Task]  # (rows of Ray Data, scratch folder of this node) -> Task
+    optim: OptimSection
+    compute: ComputeSection
+    zero_stage: int
+    steps: int
+    seed: int
+    out: str  # where rank 0 writes the model and metrics; seen by driver and workers
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+def run_worker(job: TrainJob) -> None:
+    """The train function of every Ray Train worker."""
+    import random
+
+    import numpy as np
+    import ray.train
+    import torch
+
+    torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(job.seed)
+    with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
+        task = job.make_task(ray.train.get_dataset_shard("train"), Path(scratch))
+        Worker(job, task, rank, world).run()
+
+
+class Worker:
+    """One rank of a training stage."""
+
+    def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
+        from clinkd.train.engine import start_engine
+
+        self.job, self.task, self.rank, self.world = job, task, rank, world
+        self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
+        module = task.build()
+        self.engine = start_engine(
+            module, module.parameters(), job.optim, job.compute, job.zero_stage, job.steps
+        )
+        self.metrics = Path(job.out) / "metrics.jsonl"
+        self.step = self.consumed = 0
+
+    def run(self) -> None:
+        self._restore()
+        start, first = time.monotonic(), self.step
+        while self.step < self.job.steps:
+            sums, tokens = self._train_step()
+            self.step += 1
+            self.consumed += self._groups_per_step
+            seen = (self.step - first) * self._groups_per_step
+            self._log(sums, tokens, seen / (time.monotonic() - start))
+            if self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.steps:
+                self._checkpoint()
+        self._finish()
+
+    @property
+    def _groups_per_step(self) -> int:
+        return self.world * self.job.optim.batch_size * self.job.optim.accumulation
+
+    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int]]:
+        size = self.job.optim.batch_size
+        for micro in range(self.job.optim.accumulation):
+            groups = self.ledger.share(self.consumed + micro * self.world * size, self.rank, self.world, size)
+            yield self.task.batch(groups, self.step, self.job.steps)
+
+    def _train_step(self) -> tuple[dict[str, float], float]:
+        import torch
+        import torch.distributed as dist
+
+        batches = list(self._micro_batches())
+        count = torch.tensor(float(sum(tokens for _, tokens in batches)))
+        count = count.to(self.engine.device)
+        dist.all_reduce(count)
+        # DeepSpeed averages over ranks and accumulation steps; the sums are to be divided by all tokens instead.
+        scale = self.world * len(batches) / count.clamp(min=1)
+        sums: dict[str, Any] = {}
+        for arguments, _ in batches:
+            found = self.engine(**{key: _move(value, self.engine.device) for key, value in arguments.items()})
+            self.engine.backward(found["loss"] * scale)
+            self.engine.step()
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0.0) + value.detach().float()
+        packed = torch.stack([sums[key] for key in sorted(sums)])
+        dist.all_reduce(packed)
+        return dict(zip(sorted(sums), packed.tolist(), strict=True)), count.item()
+
+    def _log(self, sums: dict[str, float], tokens: float, rate: float) -> None:
+        if self.rank:
+            return
+        line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
+        line |= {key: round(value / max(tokens, 1.0), 6) for key, value in sums.items()}
+        line |= {"lr": self.engine.get_lr()[0], "tokens": int(tokens), "groups_per_s": round(rate, 2)}
+        with self.metrics.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    def _checkpoint(self) -> None:
+        import ray.train
+
+        with tempfile.TemporaryDirectory(prefix="clinkd-checkpoint-") as folder:
+            state = {"step": self.step, "consumed": self.consumed, "world": self.world}
+            self.engine.save_checkpoint(folder, tag="state", client_state=state)
+            ray.train.report(
+                {"step": self.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{self.step:08d}",
+            )
+
+    def _restore(self) -> None:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                _, state = self.engine.load_checkpoint(folder, tag="state")
+            self.step, self.consumed = state["step"], state["consumed"]
+        if self.rank == 0:
+            keep_lines(self.metrics, self.step)
+
+    def _finish(self) -> None:
+        """The whole model on rank 0, then a last report so that all ranks leave together."""
+        import ray.train
+        import torch.distributed as dist
+
+        state = self._whole_state()
+        if self.rank == 0:
+            self.task.save(state, Path(self.job.out) / "model")
+        dist.barrier()
+        ray.train.report({"step": self.step})
+
+    def _whole_state(self) -> dict[str, Any]:
+        if self.job.zero_stage == 3:  # collective: every rank takes part
+            state = self.engine._zero3_consolidated_16bit_state_dict()
+            return state or {}
+        return {key: value.detach().cpu().clone() for key, value in self.engine.module.state_dict().items()}
+
+
+def _move(value: Any, device: Any) -> Any:
+    import torch
+
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Cuts a metrics file back to the lines of steps up to ``step``; a torn last line goes too."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(line + "\n" for line in kept))
+    os.replace(unfinished, path)
+
+
+def fit(job: TrainJob, rows: Any, work: Path) -> None:
+    """Runs the stage on Ray Train; a run that was cut off goes on from its last checkpoint in ``work``.
+
+    Args:
+        rows: Ray Dataset of records, handed whole to every worker.
+
+    Raises:
+        TrainError: a worker failed more often than ``compute.max_failures`` allows.
+    """
+    import ray.train
+    import ray.train.torch
+
+    gpu = job.compute.gpus_per_worker > 0
+    resources = {"CPU": job.compute.cpus_per_worker} | ({"GPU": job.compute.gpus_per_worker} if gpu else {})
+    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "TOKENIZERS_PARALLELISM": "false"}
+    if not gpu:
+        environment |= {"DS_ACCELERATOR": "cpu"}
+    trainer = ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config=job,  # type: ignore[arg-type]
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.compute.workers, use_gpu=gpu, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        datasets={"train": rows},
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+        run_config=ray.train.RunConfig(
+            name=job.stage,
+            storage_path=str(work.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=job.compute.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    trainer.fit()
