@@ -1,10 +1,10 @@
 """Which samples a step sees: a pure function of seed, data and position, whoever asks and however often.
 
 Decisions:
-- The unit is a *group*: one record with up to ``per_group`` of its turns, which share the record's image. In an
-  epoch every turn of every record is in exactly one group.
+- The unit is a *group*: one record with up to ``per_group`` of its turns, which share the record's image. In
+  an epoch every turn of every record is in exactly one group.
 - Groups of all epochs form one endless sequence; a step of W workers with B groups each takes the next W*B.
-  A checkpoint therefore needs one number, the groups consumed, and may be resumed by other numbers of workers.
+  A checkpoint therefore needs one number, the groups consumed, and another number of workers may resume it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """One loop for every stage that trains: Ray Train workers, a DeepSpeed engine, the ledger, checkpoints.
 
 Decisions:
-- What a stage *is* (its model, batches and loss) stands in a :class:`Task`; the loop knows only this interface, so
+- What a stage *is* (model, batches, loss) stands in a :class:`Task`; the loop knows only this interface, so
   the guide, the teacher, distillation and reflection differ nowhere else.
 - Losses come as sums with the number of tokens they are over; the loop divides by the tokens of all ranks and
   accumulation steps, so that the result does not depend on how a batch was dealt out.
-- Rank 0 writes metrics as lines of a file beside the checkpoints: reporting each step to Ray Train would wait for its
-  controller. After a resume, lines past the checkpoint are cut off.
+- Rank 0 writes metrics as lines of a file beside the checkpoints: reporting each step to Ray Train would wait
+  for its controller. After a resume, lines past the checkpoint are cut off.
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ class TrainJob:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def run_worker(job: TrainJob) -> None:
-    """The train function of every Ray Train worker."""
+def run_worker(config: dict[str, Any]) -> None:
+    """The train function of every Ray Train worker; ``config`` is {"job": TrainJob}."""
     import random
 
     import numpy as np
     import ray.train
     import torch
 
+    job: TrainJob = config["job"]
     torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -119,7 +120,7 @@ class Worker:
         count = torch.tensor(float(sum(tokens for _, tokens in batches)))
         count = count.to(self.engine.device)
         dist.all_reduce(count)
-        # DeepSpeed averages over ranks and accumulation steps; the sums are to be divided by all tokens instead.
+        # DeepSpeed averages over ranks and accumulation steps; ours are sums, to be divided by all tokens.
         scale = self.world * len(batches) / count.clamp(min=1)
         sums: dict[str, Any] = {}
         for arguments, _ in batches:
@@ -222,14 +223,14 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
         environment |= {"DS_ACCELERATOR": "cpu"}
     trainer = ray.train.torch.TorchTrainer(
         run_worker,
-        train_loop_config=job,  # type: ignore[arg-type]
+        train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.compute.workers, use_gpu=gpu, resources_per_worker=resources
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
         datasets={"train": rows},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=job.stage,
             storage_path=str(work.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=job.compute.max_failures),
