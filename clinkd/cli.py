@@ -1,0 +1,310 @@
+"""The command line.
+
+Decisions:
+- Nothing heavy is imported before a command needs it: ``clinkd --help`` is read often.
+- Exit codes: 0 done, 1 failed while working, 2 bad input or configuration, 130 interrupted. A user's mistake is one
+  line each on standard error; a traceback is shown with ``--debug`` (or CLINKD_DEBUG=1), else kept in a file.
+- Results go to standard output, everything about the work to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
+
+The way of the data, one direction:
+
+\b
+  images + masks / QA JSON -- prepare --> shards, quarantine, manifest
+  shards ------------------- guide ----> alignment of each image and question
+  shards ------------------- teacher --> teacher checkpoint (or one by path)
+  shards + teacher --------- label ----> pseudo-labels, teacher cache
+  cache -------------------- distill --> student
+  shards + student --------- reflect --> student, trained on its own misses
+  student ------------------ evaluate -> predictions and scores
+  everything --------------- report ---> one HTML file
+
+Each arrow is a stage. A stage that is there and whole is skipped, one that was killed goes on.
+
+Exit codes: 0 done, 1 failed while working, 2 bad input or configuration. --debug shows tracebacks.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Read by ``main`` wherever it stands on the line; here for the help text."""
+
+
+def prepare(
+    out: Path = typer.Option(..., "--out", help="Folder for shards/, quarantine.jsonl and manifest.json."),
+    source: str = typer.Option(
+        "phantoms",
+        "--source",
+        help="A Med-GRIT JSON/JSONL file, a folder of them, an SA-Med2D folder, or 'phantoms'.",
+    ),
+    images: Path | None = typer.Option(
+        None, "--images", help="Folder of the images (default: images/ beside)."
+    ),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the split (and of phantoms)."),
+    test_fraction: float = typer.Option(
+        0.1, "--test-fraction", help="Share of the cases kept for evaluation."
+    ),
+    phantoms: int = typer.Option(
+        2000, "--phantoms", min=1, help="Number of phantoms, when they are the source."
+    ),
+    strict: bool = typer.Option(False, "--strict", help="The first refused row is an error."),
+) -> None:
+    """Check, split and shard images with their questions; refused rows go to the quarantine."""
+    from clinkd.config import ConfigError
+
+    if "://" in str(out) or str(out).startswith(("s3:", "gs:")):
+        raise ConfigError(
+            f"--out: {out} is no local folder; prepare writes to a folder that all workers share"
+        )
+    manifest = _prepare(source, out, images, seed, test_fraction, phantoms, strict)
+    typer.echo(_account(manifest))
+    typer.echo(f"prepared data in {out}")
+
+
+def validate(
+    path: str = typer.Argument(..., help="What prepare would take, or a folder that it made."),
+    images: Path | None = typer.Option(
+        None, "--images", help="Folder of the images (default: images/ beside)."
+    ),
+    strict: bool = typer.Option(False, "--strict", help="Any refused row is an error."),
+) -> None:
+    """Check data without keeping anything: what prepare would take, refuse, and why."""
+    from clinkd.data.shards import DataError, iter_rows, read_manifest
+
+    if (Path(path) / "manifest.json").is_file():
+        manifest = read_manifest(Path(path))
+        found = sum(1 for _ in iter_rows(Path(path), columns=["id"]))
+        if found != manifest["images"]:
+            raise DataError(
+                f"{path}: {found} images in the shards, {manifest['images']} in the manifest: prepare again"
+            )
+        typer.echo(_account(manifest))
+        return
+    scratch = Path(tempfile.mkdtemp(prefix="clinkd-validate-"))
+    try:
+        manifest = _prepare(path, scratch / "data", images, 0, 0.1, 0, strict)
+        typer.echo(_account(manifest))
+        for row in _first_of_each(scratch / "data" / "quarantine.jsonl"):
+            typer.echo(
+                f"  {row['reason']}: {row.get('where', '')} {row.get('image') or ''} ({row.get('detail', '')})"
+            )
+        shutil.rmtree(scratch, ignore_errors=True)
+    except DataError:  # its message names the quarantine: that stays
+        for folder in ("shards", ".work"):
+            shutil.rmtree(scratch / "data" / folder, ignore_errors=True)
+        raise
+
+
+def evaluate(
+    task: str = typer.Option(..., "--task", help="vg, roc, rc or mia."),
+    predictions: Path = typer.Option(..., "--predictions", help="JSONL of image, annotation, response."),
+    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
+    spice_jars: Path | None = typer.Option(None, "--spice-jars", help="Folder of CoreNLP 3.6.0, for SPICE."),
+) -> None:
+    """Score predictions by the published protocol, with stricter numbers beside it."""
+    from clinkd.config import ConfigError
+    from clinkd.data.records import TASKS
+    from clinkd.data.shards import DataError
+    from clinkd.evaluate.score import read_predictions, score_task
+
+    if task not in TASKS:
+        raise ConfigError(f"--task: unknown task {task!r}; one of {', '.join(TASKS)}")
+    try:
+        rows = read_predictions(predictions)
+    except OSError as error:
+        raise DataError(f"--predictions: cannot read {predictions}: {error.strerror}") from None
+    if not rows and not rows.bad_lines:
+        raise DataError(
+            f"--predictions: {predictions} is empty; give a JSONL file of image, annotation, response"
+        )
+    result = score_task(task, rows, spice_jars=spice_jars)
+    typer.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else _table(result))
+
+
+def config(
+    path: Path = typer.Argument(..., metavar="CONFIG", help="YAML file; the examples are in configs/."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. distill.a=0.7."),
+) -> None:
+    """Print the whole resolved configuration, or every mistake in it."""
+    from clinkd.config import load_config, to_yaml
+
+    typer.echo(to_yaml(load_config(path, overrides)), nl=False)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (prepare, validate, evaluate, config)
+"""Every command, in the order the help lists them; the name is the function's."""
+
+for _command in COMMANDS:
+    app.command(_command.__name__)(_command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; never raises."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("CLINKD_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        # Without standalone mode typer raises what it would print, and returns the code of an Exit.
+        code = app(arguments, standalone_mode=False, prog_name="clinkd")
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of standard output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _explain(error, debug)
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    from clinkd.artifacts import ArtifactBusy
+    from clinkd.config import ConfigError
+    from clinkd.data.shards import DataError
+
+    if hasattr(error, "format_message"):  # a usage error of typer
+        lines = [" ".join(error.format_message().split()) or "no command given; see clinkd --help"]
+    elif isinstance(error, (ConfigError, DataError, ArtifactBusy)):
+        cause = (
+            getattr(error, "cause", None) or error
+        )  # what a Ray task raised comes wrapped, traceback and all
+        lines = str(cause).splitlines()
+    else:
+        return _unexpected(error, debug)
+    if debug:
+        traceback.print_exception(error)
+    for line in lines:
+        typer.echo(f"error: {line}", err=True)
+    return 2
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    text = (str(error).strip().splitlines() or [""])[0]
+    said = f"error: {type(error).__name__}: {text}" if text else f"error: {type(error).__name__}"
+    if debug:
+        traceback.print_exception(error)
+        typer.echo(said, err=True)
+        return 1
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="clinkd-error-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    typer.echo(f"{said} (traceback in {file.name})", err=True)
+    return 1
+
+
+def _prepare(
+    source: str, out: Path, images: Path | None, seed: int, test_fraction: float, phantoms: int, strict: bool
+) -> dict[str, Any]:
+    """Prepare with Ray and a progress view; the numbers shown go beside ``out``: shards stay the same bytes."""
+    from clinkd.data.phantoms import PhantomSpec
+    from clinkd.data.prepare import find_source, prepare
+    from clinkd.progress import Progress
+
+    generated = source == "phantoms" and phantoms > 0
+    where = PhantomSpec(images=phantoms, seed=seed) if generated else source
+    find_source(where, images)  # before Ray starts: a wrong path is said at once
+    out = Path(out).absolute()
+    with _ray(), Progress(out.parent / f"{out.name}.metrics.jsonl") as progress:
+        stage = ""
+
+        def show(name: str, done: int, total: int) -> None:
+            nonlocal stage
+            if name != stage:
+                stage = name
+                progress.start(f"prepare ({name})", total)
+            progress.update(done)
+            if done == total:
+                progress.finish()
+
+        return prepare(
+            where, out, images=images, seed=seed, test_fraction=test_fraction, strict=strict, progress=show
+        )
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    from clinkd import cluster
+
+    cluster.connect()
+    try:
+        yield
+    finally:
+        cluster.disconnect()
+
+
+def _account(manifest: dict[str, Any]) -> str:
+    """The manifest in a few lines: what came in, what was refused and why."""
+    split = manifest["by_split"]
+    lines = [
+        f"{manifest['records_in']} question/answer pairs read: {manifest['records_out']} kept on "
+        f"{manifest['images']} images, {manifest['quarantined']} quarantined, {manifest['duplicates']} duplicates",
+        "tasks: " + ", ".join(f"{name} {count}" for name, count in manifest["by_task"].items()),
+        "modalities: " + ", ".join(f"{name} {count}" for name, count in manifest["by_modality"].items()),
+        f"split: {split['train']} train, {split['test']} test",
+    ]
+    if manifest["by_reason"]:
+        lines.append(
+            "refused: " + ", ".join(f"{name} {count}" for name, count in manifest["by_reason"].items())
+        )
+    return "\n".join(lines)
+
+
+def _first_of_each(quarantine: Path) -> Iterator[dict[str, Any]]:
+    seen = set()
+    with quarantine.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if row["reason"] not in seen:
+                seen.add(row["reason"])
+                yield row
+
+
+def _table(result: dict[str, Any]) -> str:
+    """Scores by modality, the mean below, then what was left out."""
+    names = list(dict.fromkeys(name for row in result["modalities"].values() for name in row))
+    rows = [["", *names]]
+    for label, row in [*result["modalities"].items(), ("mean", result["mean"])]:
+        rows.append([label, *(_cell(row.get(name)) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.append(f"{result['rows']} rows read")
+    if result["skipped"]:
+        lines.append("skipped: " + ", ".join(f"{name} {count}" for name, count in result["skipped"].items()))
+    reasons = (result.get(key) for key in ("text_reason", "meteor_reason", "spice_reason"))
+    return "\n".join([*lines, *dict.fromkeys(reason for reason in reasons if reason)])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,134 @@
+"""Ray: join the cluster there is, or start a small quiet one on this machine.
+
+Decisions:
+- ``compute.address`` goes before ``RAY_ADDRESS`` (which a Ray job sets); with neither, Ray starts here.
+- A local Ray declares two CPUs more than there are, so that Ray Data's tasks find room beside training workers that
+  hold one each; workers are checked against the real cores all the same.
+- An address where nobody listens is said at once: Ray itself would try for a long time.
+- Variables are set in this process only, and only where the user has set none.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from clinkd.config import ConfigError
+
+TRAIN_ENV = {
+    # Ray Train's controller looks every 2 s by default, and every report waits for that look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # The default of 60 s is short for workers that import torch and DeepSpeed on a busy machine.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+EXTRA_CPUS = 2
+_started_here = False
+
+
+def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float = 1.0) -> None:
+    """Makes Ray available to this process; does nothing more where it already is.
+
+    Args:
+        address: of a running cluster; None: ``RAY_ADDRESS``, else a Ray started here.
+        workers: training workers that are to run at one time; 0 asks for nothing.
+
+    Raises:
+        ConfigError: no cluster at the address, or fewer CPUs than the workers need.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        target = address or os.environ.get("RAY_ADDRESS") or "local"
+        if target == "local":
+            check_workers(workers, cpus_per_worker, real_cores())
+            _start()
+            return
+        _join(target, "compute.address" if address else "RAY_ADDRESS")
+    cpus = real_cores() if _started_here else ray.cluster_resources().get("CPU", 0.0)
+    check_workers(workers, cpus_per_worker, cpus)
+
+
+def disconnect() -> None:
+    """Leaves the cluster; ends a Ray that was started here."""
+    global _started_here
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+    _started_here = False
+
+
+def check_workers(workers: int, cpus_per_worker: float, cpus: float) -> None:
+    """Refuses more training workers than CPUs: Ray Train would wait for them for ever.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    if workers * cpus_per_worker > cpus + 1e-9:
+        raise ConfigError(
+            f"compute.workers: {workers} worker{'s' if workers != 1 else ''} of {cpus_per_worker:g} CPU, but the "
+            f"cluster has {cpus:g}; lower compute.workers or compute.cpus_per_worker"
+        )
+
+
+def real_cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _start() -> None:
+    global _started_here
+    # Unset, ray.init would turn token authentication on and leave a token in the home folder.
+    _defaults(TRAIN_ENV | {"RAY_AUTH_MODE": "disabled"} | ({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}))
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=real_cores() + EXTRA_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    _started_here = True
+
+
+def _join(address: str, where: str) -> None:
+    import ray
+
+    _defaults(TRAIN_ENV)
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{where}: {address} is a dashboard's address, for `ray job submit`; "
+            "give host:port of the head, or ray://host:10001"
+        )
+    _listening(address, where)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where}: no Ray cluster at {address}: {reason}") from None
+
+
+def _listening(address: str, where: str) -> None:
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or a name that Ray knows to resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"{where}: nothing listens at {address} ({error}); start Ray there, or leave the address out"
+        ) from None
+
+
+def _defaults(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def _has_gpu() -> bool:
+    """Whether a driver of NVIDIA or AMD shows a device; without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
