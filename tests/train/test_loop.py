@@ -55,7 +55,7 @@ class LineTask:
         from safetensors.torch import save_file
 
         out.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous().clone() for key, value in state.items()}, out / "model.safetensors")
+        save_file({key: value.clone() for key, value in state.items()}, out / "model.safetensors")
 
 
 def train(out: Path, *, zero: int, workers=2, batch=2, fail_once: str | None = None) -> list:
