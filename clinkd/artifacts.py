@@ -1,11 +1,11 @@
 """Artifacts: what a stage made, addressed by what it was made from.
 
 Decisions:
-- The name of an artifact is ``<stage>-<first 12 of its fingerprint>``: same inputs and settings, same folder, so
+- An artifact's name is ``<stage>-<first 12 of its fingerprint>``: same inputs and settings, same folder, so
   runs and trials share what they have in common.
-- A stage writes into ``<name>.partial``. ``commit`` lists every file with size and SHA-256 in ``artifact.json``,
-  syncs all to disk and renames the folder: there is never a half artifact under a final name, whatever is
-  killed. A kill between listing and renaming is finished by whoever looks next.
+- A stage writes into ``<name>.partial``. ``commit`` lists all files with size and SHA-256 in
+  ``artifact.json``, syncs all to disk and renames the folder: there is never a half artifact under a final
+  name, whatever is killed. A kill between listing and renaming is finished by whoever looks next.
 - The partial folder outlives a killed attempt, so that a stage resumes inside; its ``work/`` is for
   what only the stage itself needs (checkpoints), and is gone after the commit.
 - Building takes an flock, which the kernel releases with the process: no stale locks. The lock's file stays.
@@ -100,7 +100,8 @@ class Draft:
         if self.artifact is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return self.artifact
-        meta = {
+        files = _listing(self.path)
+        meta: dict[str, Any] = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "inputs": self._inputs,
@@ -109,9 +110,9 @@ class Draft:
             "seconds": round(self._before + time.time() - self._started, 3),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
-            "files": _listing(self.path),
+            "files": files,
         }
-        for name in meta["files"]:
+        for name in files:
             _sync(self.path / name)
         _write_synced(self.path / MARKER, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
         self.artifact = self._store._finish(self.stage, self.fingerprint)
@@ -288,7 +289,7 @@ def _seconds_before(path: Path) -> float:
                 lines.append(json.loads(text))
     total, begun = 0.0, None
     for line in lines:
-        if "started" in line:  # one before it without an end was killed, and then resumed: its end is unknown
+        if "started" in line:
             begun = line["started"]
         elif begun is not None:
             total, begun = total + line["ended"] - begun, None

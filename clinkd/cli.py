@@ -2,8 +2,9 @@
 
 Decisions:
 - Nothing heavy is imported before a command needs it: ``clinkd --help`` is read often.
-- Exit codes: 0 done, 1 failed while working, 2 bad input or configuration, 130 interrupted. A user's mistake is one
-  line each on standard error; a traceback is shown with ``--debug`` (or CLINKD_DEBUG=1), else kept in a file.
+- Exit codes: 0 done, 1 failed while working, 2 bad input or configuration, 130 interrupted. A user's
+  mistake is one line on standard error; a traceback is shown with ``--debug`` (or CLINKD_DEBUG=1), else kept
+  in a file.
 - Results go to standard output, everything about the work to standard error.
 """
 
@@ -112,9 +113,8 @@ def validate(
         manifest = _prepare(path, scratch / "data", images, 0, 0.1, 0, strict)
         typer.echo(_account(manifest))
         for row in _first_of_each(scratch / "data" / "quarantine.jsonl"):
-            typer.echo(
-                f"  {row['reason']}: {row.get('where', '')} {row.get('image') or ''} ({row.get('detail', '')})"
-            )
+            where = " ".join(filter(None, [row.get("where"), row.get("image")]))
+            typer.echo(f"  {row['reason']}: {where} ({row.get('detail', '')})")
         shutil.rmtree(scratch, ignore_errors=True)
     except DataError:  # its message names the quarantine: that stays
         for folder in ("shards", ".work"):
@@ -173,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # Without standalone mode typer raises what it would print, and returns the code of an Exit.
         code = app(arguments, standalone_mode=False, prog_name="clinkd")
+        if code == 130:  # typer turns an interrupt into this code
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
@@ -223,7 +225,7 @@ def _unexpected(error: Exception, debug: bool) -> int:
 def _prepare(
     source: str, out: Path, images: Path | None, seed: int, test_fraction: float, phantoms: int, strict: bool
 ) -> dict[str, Any]:
-    """Prepare with Ray and a progress view; the numbers shown go beside ``out``: shards stay the same bytes."""
+    """Prepare with Ray and a progress view, whose numbers go beside ``out``: that stays the same bytes."""
     from clinkd.data.phantoms import PhantomSpec
     from clinkd.data.prepare import find_source, prepare
     from clinkd.progress import Progress
@@ -233,16 +235,14 @@ def _prepare(
     find_source(where, images)  # before Ray starts: a wrong path is said at once
     out = Path(out).absolute()
     with _ray(), Progress(out.parent / f"{out.name}.metrics.jsonl") as progress:
-        stage = ""
+        progress.start("prepare (check)")
 
         def show(name: str, done: int, total: int) -> None:
-            nonlocal stage
-            if name != stage:
-                stage = name
-                progress.start(f"prepare ({name})", total)
-            progress.update(done)
+            progress.update(done, total=total)
             if done == total:
                 progress.finish()
+                if name == "check":
+                    progress.start("prepare (write)")
 
         return prepare(
             where, out, images=images, seed=seed, test_fraction=test_fraction, strict=strict, progress=show
@@ -265,7 +265,8 @@ def _account(manifest: dict[str, Any]) -> str:
     split = manifest["by_split"]
     lines = [
         f"{manifest['records_in']} question/answer pairs read: {manifest['records_out']} kept on "
-        f"{manifest['images']} images, {manifest['quarantined']} quarantined, {manifest['duplicates']} duplicates",
+        f"{manifest['images']} images, {manifest['quarantined']} quarantined, "
+        f"{manifest['duplicates']} duplicates",
         "tasks: " + ", ".join(f"{name} {count}" for name, count in manifest["by_task"].items()),
         "modalities: " + ", ".join(f"{name} {count}" for name, count in manifest["by_modality"].items()),
         f"split: {split['train']} train, {split['test']} test",

@@ -2,14 +2,15 @@
 
 Decisions:
 - ``compute.address`` goes before ``RAY_ADDRESS`` (which a Ray job sets); with neither, Ray starts here.
-- A local Ray declares two CPUs more than there are, so that Ray Data's tasks find room beside training workers that
-  hold one each; workers are checked against the real cores all the same.
+- A local Ray declares two CPUs more than there are, so that Ray Data's tasks find room beside training
+  workers that hold one each; workers are checked against the real cores all the same.
 - An address where nobody listens is said at once: Ray itself would try for a long time.
 - Variables are set in this process only, and only where the user has set none.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -67,8 +68,8 @@ def check_workers(workers: int, cpus_per_worker: float, cpus: float) -> None:
     """
     if workers * cpus_per_worker > cpus + 1e-9:
         raise ConfigError(
-            f"compute.workers: {workers} worker{'s' if workers != 1 else ''} of {cpus_per_worker:g} CPU, but the "
-            f"cluster has {cpus:g}; lower compute.workers or compute.cpus_per_worker"
+            f"compute.workers: {workers} worker{'s' if workers != 1 else ''} of {cpus_per_worker:g} CPU, "
+            f"but the cluster has {cpus:g}; lower compute.workers or compute.cpus_per_worker"
         )
 
 
@@ -90,7 +91,7 @@ def _start() -> None:
         num_cpus=real_cores() + EXTRA_CPUS,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     _started_here = True
 
@@ -106,7 +107,7 @@ def _join(address: str, where: str) -> None:
         )
     _listening(address, where)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: no Ray cluster at {address}: {reason}") from None

@@ -49,7 +49,8 @@ class Progress:
         self._lock = threading.RLock()
         self._bar: Any = None
         self._task: Any = None
-        self._stage, self._total, self._step = "", None, 0
+        self._stage, self._step = "", 0
+        self._total: int | None = None
         self._first, self._started, self._shown = 0, 0.0, 0.0
         self._numbers: dict[str, Any] = {}
 
@@ -99,9 +100,8 @@ class Progress:
         with self._lock:
             seconds = self._clock() - self._started
             self._numbers.update(numbers)
-            self._append({
-                "stage": self._stage, "event": "done", "step": self._step, "seconds": round(seconds, 3), **numbers
-            })  # fmt: skip
+            done = {"stage": self._stage, "event": "done", "step": self._step, "seconds": round(seconds, 3)}
+            self._append(done | numbers)
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
                 self._task = None

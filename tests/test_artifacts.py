@@ -30,7 +30,8 @@ def build(store: Store, files: dict[str, str], fp: str = FP):
 
 def child(root: Path, body: str) -> subprocess.Popen:
     """A process that runs ``body`` with ``store`` and ``fp``, and prints ``ready`` when told to."""
-    code = "import os, time\nfrom pathlib import Path\nfrom clinkd import artifacts\nfrom clinkd.artifacts import *\n"
+    code = "import os, time\nfrom pathlib import Path\nfrom clinkd import artifacts\n"
+    code += "from clinkd.artifacts import *\n"
     code += f"store, fp = Store(Path({str(root)!r})), {FP!r}\n" + textwrap.dedent(body)
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -155,9 +156,8 @@ def test_a_second_process_is_told_who_builds(tmp_path: Path) -> None:
         other = fingerprint("distill", {}, {"other": 1})
         assert build(Store(tmp_path), {"a": "1"}, other)
     finally:
-        kill_when_killed = process
-        kill_when_killed.kill()
-        kill_when_killed.wait(10)
+        process.kill()
+        process.wait(10)
     assert build(Store(tmp_path), {"a": "1"})  # the lock went with the process
 
 
@@ -189,7 +189,8 @@ def test_killed_at_any_moment_of_the_commit_it_is_whole_or_not_there(tmp_path: P
         if moment in ('_listing', '_write_synced'):
             setattr(artifacts, moment, stop)
         elif moment == '_finish':
-            Store._finish = lambda self, *a: stop() if list(self.root.glob('*.partial/artifact.json')) else None
+            listed = '*.partial/artifact.json'
+            Store._finish = lambda self, *a: stop() if list(self.root.glob(listed)) else None
         else:
             folder = moment == 'replace_folder'
             os.replace = lambda a, b: stop() if Path(a).is_dir() == folder else replace(a, b)

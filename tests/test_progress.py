@@ -1,4 +1,4 @@
-"""Progress: plain lines that are few, a metrics.jsonl that has every number, and a thread that follows a worker."""
+"""Progress: few plain lines, a metrics.jsonl with every number, and a thread that follows a worker."""
 
 from __future__ import annotations
 
