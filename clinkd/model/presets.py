@@ -141,3 +141,18 @@ def tiny_config(size: TinySize, tokenizer: Any) -> Any:
 
 def describe(size: TinySize) -> str:
     return json.dumps(asdict(size), sort_keys=True)
+
+
+def write_new_model(texts: Iterable[str], size: TinySize, out: Path, *, vocab_size: int, seed: int) -> Path:
+    """A model with random weights as a Hugging Face folder: weights, tokenizer from ``texts``, processor."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    train_tokenizer(texts, out, vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(tiny_config(size, tokenizer))
+    image_processor(size).save_pretrained(out)
+    model.save_pretrained(out)
+    return out

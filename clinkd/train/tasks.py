@@ -1,0 +1,172 @@
+"""What the answering stages train on: turns as batches, and the losses over their answer tokens.
+
+Decisions:
+- Questions that share an image share its vision tower pass: a batch names its distinct images once.
+- The language model's head meets answer tokens alone; sums leave the module, the loop divides them.
+- Under ZeRO-3 the head is registered as an external parameter of the loss module, so it is gathered
+  once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clinkd.data.ingest import RecordTable, collect, decode, open_table
+from clinkd.data.records import sample_id
+from clinkd.distill.losses import answer_loss, distill_loss
+from clinkd.model.chat import collate, encode
+from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
+from clinkd.model.rope import RopeGuidance
+from clinkd.train.ledger import Group
+
+
+@dataclass(frozen=True)
+class VqaSpec:
+    """How a stage trains a model; travels to the workers by value."""
+
+    model: str  # Hugging Face folder to start from, with tokenizer and preprocessor
+    guidance: RopeGuidance
+    train_vision: bool
+    dtype: str = "float32"
+    chunk_size: int = 1024
+    gradient_checkpointing: bool = False
+    alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
+
+
+class ImageStore:
+    """Pixel values of records, processed once and kept."""
+
+    def __init__(self, table: RecordTable, processor: Any, keep: int = 4096) -> None:
+        self.table, self.processor, self.keep = table, processor, keep
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, record: int) -> tuple[Tensor, Tensor]:
+        """([patches, values], grid [3])."""
+        if record not in self._kept:
+            found = self.processor(images=decode(self.table.image(record)), return_tensors="pt")
+            if len(self._kept) >= self.keep:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[record] = (found["pixel_values"], found["image_grid_thw"][0])
+        return self._kept[record]
+
+
+class AnswerLoss(nn.Module):
+    """Cross-entropy of a model's answers, as a sum over the batch's answer tokens."""
+
+    def __init__(self, model: ClinKDForConditionalGeneration, chunk_size: int, zero3: bool = False) -> None:
+        super().__init__()
+        self.model, self.chunk_size = model, chunk_size
+        if zero3:
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self, model.lm_head.weight)
+
+    def hidden(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """States [N, H] that predict the N answer tokens, and those tokens [N]."""
+        states = self.model.forward_hidden(**inputs)[:, :-1]
+        chosen = labels[:, 1:] != -100
+        return states[chosen], labels[:, 1:][chosen]
+
+    def forward(self, labels: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        hidden, targets = self.hidden(labels, **inputs)
+        ce = answer_loss(
+            hidden, self.model.lm_head.weight, targets, chunk_size=self.chunk_size, normalizer=1.0
+        )
+        return {"loss": ce, "ce": ce}
+
+
+class SupervisedTask:
+    """Turns with their true answers; the teacher's task, and the base of the others."""
+
+    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        self.spec, self.zero3 = spec, zero_stage == 3
+        path = collect(rows.iter_batches(batch_format="pyarrow", batch_size=256), scratch / "rows.arrow")
+        self.table = open_table(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        self.processor = AutoImageProcessor.from_pretrained(spec.model)
+        self.images = ImageStore(self.table, self.processor)
+        self.ids = self.table.ids
+        self._encoded: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+
+    def turn_counts(self) -> Sequence[int]:
+        return self.table.turn_counts()
+
+    def load(self) -> ClinKDForConditionalGeneration:
+        model = load_model(self.spec.model, self.spec.guidance, getattr(torch, self.spec.dtype))
+        set_trainable(model, self.spec.train_vision)
+        if self.spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        return model
+
+    def build(self) -> nn.Module:
+        return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3)
+
+    def encoded(self, record: int, turn: int) -> tuple[list[int], list[int]]:
+        """Prompt and answer ids of one turn."""
+        if (record, turn) not in self._encoded:
+            grid = self.images[record][1]
+            asked = self.table.turns(record)[turn]
+            tokens = int(grid.prod()) // self.processor.merge_size**2
+            self._encoded[record, turn] = encode(self.tokenizer, asked["question"], asked["answer"], tokens)
+        return self._encoded[record, turn]
+
+    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
+        rows = [self.encoded(record, turn) for record, turns in groups for turn in turns]
+        names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
+        inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
+        if self.spec.guidance.guided == "pair":
+            inputs["alignment"] = torch.tensor([[self.spec.alignment[name]] for name in names])
+        return inputs, int((inputs["labels"][:, 1:] != -100).sum())
+
+    def pictures(self, groups: list[Group]) -> dict[str, Tensor]:
+        """Pixel values and grids of the distinct images, and which image each row asks about."""
+        records = list(dict.fromkeys(record for record, _ in groups))
+        found = [self.images[record] for record in records]
+        index = [records.index(record) for record, turns in groups for _ in turns]
+        return {
+            "pixel_values": torch.cat([values for values, _ in found]),
+            "image_grid_thw": torch.stack([grid for _, grid in found]),
+            "image_index": torch.tensor(index),
+        }
+
+    def save(self, state: dict[str, Any], out: Path) -> None:
+        """Writes a plain Hugging Face folder; ``state`` is the loss module's."""
+        model = load_model(self.spec.model, self.spec.guidance, getattr(torch, self.spec.dtype))
+        own = {key[len("model.") :]: value
+               for key, value in state.items() if key.startswith("model.")}  # fmt: skip
+        own.setdefault("lm_head.weight", own["model.language_model.embed_tokens.weight"])
+        model.load_state_dict(own)
+        save_model(model, self.tokenizer, self.processor, out)
+
+
+class DistillLossModule(AnswerLoss):
+    """(a * KD + CE) / (1 + a) against the teacher's cached last hidden states; sums over answer tokens."""
+
+    def __init__(
+        self,
+        model: ClinKDForConditionalGeneration,
+        chunk_size: int,
+        teacher_head: Tensor,
+        options: Mapping[str, Any],
+        zero3: bool = False,
+    ) -> None:
+        super().__init__(model, chunk_size, zero3)
+        self.register_buffer("teacher_head", teacher_head, persistent=False)
+        self.options = dict(options)
+
+    def forward(self, labels: Tensor, teacher_hidden: Tensor, **inputs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        hidden, targets = self.hidden(labels, **inputs)
+        found = distill_loss(
+            hidden, self.model.lm_head.weight, targets, teacher_hidden.to(hidden.dtype), self.teacher_head,
+            chunk_size=self.chunk_size, normalizer=1.0, **self.options,
+        )  # fmt: skip
+        return {"loss": found.total, "kd": found.kd, "ce": found.ce}
