@@ -1,0 +1,116 @@
+"""Answers for a batch of prompts.
+
+Decisions:
+- Prompts are padded on the left and continued with a KV cache by transformers' ``generate``.
+- Each distinct image passes the vision tower once, however many prompts ask about it and however many answers
+  each gets.
+- Every sampling setting is given: a checkpoint's ``generation_config`` (Qwen2-VL's samples with top-k 1 and
+  repetition penalty) must not change results behind the protocol's back.
+- A seed is set inside a fork of the random state: sampling does not disturb training's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinkd.model.chat import collate, decode_answer
+from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
+from clinkd.model.presets import IM_END
+
+
+@torch.no_grad()
+def generate_answers(
+    model: ClinKDForConditionalGeneration,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: Tensor,
+    image_grid_thw: Tensor,
+    image_index: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    num_return_sequences: int = 1,
+    alignment: Tensor | None = None,
+    relevance: Tensor | None = None,
+    seed: int | None = None,
+) -> list[list[str]]:
+    """Answers to B prompts, each about one image.
+
+    Args:
+        prompts: token ids, as ``chat.encode`` makes them.
+        pixel_values: [patches, values] and image_grid_thw: [images, 3] of the distinct images.
+        image_index: [B] the image of each prompt.
+        do_sample: sample at ``temperature`` from the whole distribution, instead of the likeliest token.
+        num_return_sequences: answers per prompt.
+        alignment: [B, 1]. relevance: [merged patches over the prompts].
+
+    Returns:
+        B lists of ``num_return_sequences`` texts, boxes as ``<box>``.
+
+    Raises:
+        ValueError: several answers without sampling (they would be the same), numbers that do not match.
+    """
+    if num_return_sequences > 1 and not do_sample:
+        raise ValueError("generate: several answers per prompt need do_sample")
+    index = torch.as_tensor(image_index, dtype=torch.long)
+    if len(index) != len(prompts):
+        raise ValueError(f"generate: {len(index)} image numbers for {len(prompts)} prompts")
+    if not len(prompts):
+        return []
+    device, repeat = model.device, num_return_sequences
+    rows = [(prompt, ()) for prompt in prompts for _ in range(repeat)]
+    batch = collate(rows, tokenizer.pad_token_id, side="left")
+    grid = image_grid_thw.to(device)
+    if relevance is not None:
+        merge = model.config.vision_config.spatial_merge_size
+        counts = (grid[index.to(device)].prod(-1) // merge**2).tolist()
+        pieces = relevance.reshape(-1).split(counts)
+        relevance = torch.cat([piece for piece in pieces for _ in range(repeat)])
+    if alignment is not None:
+        alignment = alignment.to(device).repeat_interleave(repeat, dim=0)
+    training = model.training
+    model.eval()
+    try:
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            outputs, grids = model.encode_images(
+                grid, pixel_values.to(device), image_index=index.repeat_interleave(repeat)
+            )
+            written = model.generate(  # type: ignore[misc]
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                image_grid_thw=grids,
+                mm_encoder_outputs=outputs,
+                alignment=alignment,
+                relevance=relevance,
+                generation_config=_settings(tokenizer, max_new_tokens, do_sample, temperature),
+            )
+    finally:
+        model.train(training)
+    answers = [decode_answer(tokenizer, ids) for ids in written[:, batch["input_ids"].shape[1] :].tolist()]
+    return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
+
+
+def _settings(tokenizer: Any, max_new_tokens: int, do_sample: bool, temperature: float) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature if do_sample else 1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
+        pad_token_id=tokenizer.pad_token_id,
+    )
