@@ -158,7 +158,27 @@ def config(
     typer.echo(to_yaml(load_config(path, overrides)), nl=False)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (prepare, validate, evaluate, config)
+def run(
+    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. run.name=mine."),
+) -> None:
+    """Run the stages there are so far: prepare, teacher, evaluate, report.
+
+    The same command again skips what is whole and goes on where it was killed.
+    Example: clinkd run configs/tiny.yaml run.name=mine sft.steps=200
+    """
+    from clinkd import outcome, pipeline
+    from clinkd.config import load_config
+
+    with pipeline.open_run(load_config(path, overrides)) as current:
+        pipeline.prepare(current)
+        pipeline.teacher(current)
+        outcome.evaluate(current, "teacher")
+        page = outcome.report(current)
+    typer.echo(f"report: {page}")
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (run, prepare, validate, evaluate, config)
 """Every command, in the order the help lists them; the name is the function's."""
 
 for _command in COMMANDS:

@@ -151,6 +151,8 @@ class SupervisedTask:
 class DistillLossModule(AnswerLoss):
     """(a * KD + CE) / (1 + a) against the teacher's cached last hidden states; sums over answer tokens."""
 
+    teacher_head: Tensor
+
     def __init__(
         self,
         model: ClinKDForConditionalGeneration,

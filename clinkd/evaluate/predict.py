@@ -1,0 +1,136 @@
+"""A checkpoint's answers to prepared questions, by Ray Data actors.
+
+Decisions:
+- Rows are records: an image is decoded and seen by the vision tower once, whatever is asked about it.
+- Inside a batch prompts are sorted by length, so little is padded; answers go back to their samples by name.
+- Greedy by default: the published numbers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clinkd.data.records import sample_id
+
+
+@dataclass(frozen=True)
+class PredictSpec:
+    """What an actor needs to answer; travels by value."""
+
+    model: str  # Hugging Face folder, its guidance in its config
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    candidates: int = 1  # answers per question; above 1 they are sampled
+    temperature: float = 1.0
+    seed: int = 0
+    threads: int = 1
+    alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
+
+
+class Answerer:
+    """One actor: a model that answers questions about images."""
+
+    def __init__(self, spec: PredictSpec) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from clinkd.model.clinkd_qwen2vl import guidance_of, load_model
+
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = load_model(spec.model)
+        self.model.to(device).eval()
+        self.guided = guidance_of(self.model.config).guided == "pair"
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        self.processor = AutoImageProcessor.from_pretrained(spec.model)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Ray Data's batch of records to one row per sample with ``responses``."""
+        records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
+        answered = list(self.answer(records))
+        keys = ("sample", "image", "task", "question", "annotation", "responses")
+        return {key: [row[key] for row in answered] for key in keys}
+
+    def answer(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        from clinkd.data.ingest import decode
+
+        asked = []
+        for record in records:
+            picture = self.processor(images=decode(bytes(record["png"])), return_tensors="pt")
+            for number, turn in enumerate(record["turns"]):
+                asked.append((self._prompt(turn["question"], picture), picture, record, number, turn))
+        asked.sort(key=lambda item: (len(item[0]), item[2]["id"], item[3]))
+        for at in range(0, len(asked), self.spec.batch_size):
+            yield from self._answer_batch(asked[at : at + self.spec.batch_size])
+
+    def _prompt(self, question: str, picture: Any) -> list[int]:
+        from clinkd.model.chat import encode
+
+        tokens = int(picture["image_grid_thw"][0].prod()) // self.processor.merge_size**2
+        return encode(self.tokenizer, question, "", tokens)[0]
+
+    def _answer_batch(self, asked: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+        import torch
+
+        from clinkd.model.generate import generate_answers
+
+        names = [sample_id(record["id"], number) for _, _, record, number, _ in asked]
+        pictures = {record["id"]: picture for _, picture, record, _, _ in asked}
+        order = list(pictures)
+        alignment = torch.tensor([[self.spec.alignment[name]] for name in names]) if self.guided else None
+        device = self.model.device
+        answers = generate_answers(
+            self.model, self.tokenizer, [prompt for prompt, *_ in asked],
+            torch.cat([picture["pixel_values"] for picture in pictures.values()]).to(device),
+            torch.cat([picture["image_grid_thw"] for picture in pictures.values()]).to(device),
+            [order.index(record["id"]) for _, _, record, _, _ in asked],
+            max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
+            temperature=self.spec.temperature, num_return_sequences=self.spec.candidates,
+            alignment=alignment, seed=self.spec.seed,
+        )  # fmt: skip
+        for (_, _, record, _, turn), name, found in zip(asked, names, answers, strict=True):
+            yield {
+                "sample": name, "image": record["image"], "task": turn["task"], "question": turn["question"],
+                "annotation": turn["answer"], "responses": found,
+            }  # fmt: skip
+
+
+def predict(
+    records: Any, spec: PredictSpec, *, actors: int, cpus: float = 0.5, gpus: float = 0.0, batch: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Answers to all turns of a Ray Dataset of records, in no particular order."""
+    answered = records.map_batches(
+        Answerer,
+        fn_constructor_args=(spec,),
+        batch_size=batch,
+        concurrency=actors,
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    for row in answered.iter_rows():
+        yield {key: list(value) if key == "responses" else value for key, value in row.items()}
+
+
+def write_predictions(rows: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Writes prediction lines in the published form (running ids), in the samples' order."""
+    import json
+    import os
+
+    lines = []
+    ordered = sorted(rows, key=lambda row: _key(row["sample"]))
+    for number, row in enumerate(ordered):
+        kept = {key: row[key] for key in ("sample", "image", "task", "question", "annotation")}
+        lines.append({"id": number, **kept, "response": row["responses"][0]})
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    os.replace(unfinished, out)
+    return lines
+
+
+def _key(sample: str) -> tuple[str, int]:
+    record, _, turn = sample.rpartition("#")
+    return record, int(turn)

@@ -1,0 +1,111 @@
+"""What a trained model is worth: predictions on unseen images, their scores, and the report.
+
+Decisions:
+- ``eval.json`` and ``predictions.jsonl`` are copied from the artifact to the run's folder, where a
+  person looks.
+- The baselines are fitted on the training split and measured on the test split, by the protocol's own
+  scoring.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clinkd.artifacts import Artifact, Draft
+from clinkd.config import ConfigError, to_yaml
+from clinkd.pipeline import Run, write_whole
+
+
+def evaluate(run: Run, model: str) -> Artifact:
+    """Answers of the model that stage ``model`` made, on the test split, scored."""
+    options = run.config.evaluate
+    settings = options.model_dump(exclude={"batch_size"})
+
+    def make(draft: Draft) -> dict[str, Any]:
+        lines = _predict(run, run.done[model].path / "model", draft.path / "predictions.jsonl")
+        result = score(lines, run.done["prepare"].path, options.text_metrics, options.spice_jars)
+        write_whole(draft.path / "eval.json", json.dumps(result, indent=1))
+        means = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
+        run.progress.finish(**means)
+        return {"predictions": len(lines)} | means
+
+    artifact = run.stage("evaluate", ["prepare", model], settings, make)
+    for name in ("eval.json", "predictions.jsonl"):
+        write_whole(run.folder / name, (artifact.path / name).read_text())
+    return artifact
+
+
+def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
+    import ray.data
+    from ray.data.expressions import col
+
+    from clinkd.data.shards import samples, shard_paths
+    from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
+
+    options, data = run.config.evaluate, run.done["prepare"].path
+    total = sum(1 for _ in samples(data, "test"))
+    if not total:
+        raise ConfigError("data.test_fraction: no test sample was left by the split; raise it or add cases")
+    spec = PredictSpec(
+        str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed
+    )
+    rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
+        expr=col("split") == "test"
+    )
+    run.progress.start("evaluate", total)
+    found = []
+    for row in predict(rows, spec, actors=run.config.compute.actors):
+        found.append(row)
+        run.progress.update(len(found), record=False)
+    return write_predictions(found, out)
+
+
+def score(
+    lines: list[dict[str, Any]], data: Path, text_metrics: bool, spice_jars: str | None
+) -> dict[str, Any]:
+    """The whole eval.json: the four tasks, the baselines, versions."""
+    from clinkd.data.records import TASKS
+    from clinkd.data.shards import samples
+    from clinkd.evaluate.baselines import baselines
+    from clinkd.evaluate.score import score_tasks, versions
+
+    by_task = {task: [line for line in lines if line["task"] == task] for task in TASKS}
+    result: dict[str, Any] = dict(
+        score_tasks(by_task, spice_jars=Path(spice_jars) if spice_jars else None, text_metrics=text_metrics)
+    )
+    train: dict[str, list[dict[str, Any]]] = {"vg": [], "roc": []}
+    for sample in samples(data, "train"):
+        if sample["task"] in train:
+            train[sample["task"]].append(sample | {"annotation": sample["answer"]})
+    result["baselines"] = baselines(train["vg"], by_task["vg"], train["roc"], by_task["roc"])
+    result["versions"] = versions()
+    return result
+
+
+def report(run: Run) -> Path:
+    """``report.html`` of the run's folder, from what lies there and in its artifacts."""
+    from clinkd.artifacts import versions
+    from clinkd.data.shards import images
+    from clinkd.report.html import ReportInputs, build_report
+
+    data = run.done["prepare"].path
+    inputs = ReportInputs(
+        name=run.config.run.name,
+        evaluation=json.loads((run.folder / "eval.json").read_text()),
+        metrics=_lines([artifact.path / "metrics.jsonl" for artifact in run.done.values()]),
+        predictions=_lines([run.folder / "predictions.jsonl"]),
+        images=lambda names: images(data, names),
+        config=to_yaml(run.config),
+        versions={key: value or "not installed" for key, value in versions().items()},
+        stages=run.log,
+    )
+    path = build_report(inputs, run.folder / "report.html")
+    shutil.copyfile(run.done["prepare"].path / "manifest.json", run.folder / "manifest.json")
+    return path
+
+
+def _lines(paths: list[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
