@@ -72,15 +72,17 @@ def test_cached_batches_say_what_each_row_says_alone(tokenizer, images, mode):
         assert answers[row] == [alone]
 
 
-def test_positions_behind_the_prompt_are_those_of_the_whole_row(tokenizer, images):
+@pytest.mark.parametrize("lambda_w", [2.61, 2.7123, 3.1415927, 4.3219, 5.0071])
+def test_positions_behind_the_prompt_are_those_of_the_whole_row(tokenizer, images, lambda_w):
+    """Bit for bit, past powers of two too, where a rounded position plus one may round another way."""
     pixels, grid, _ = images
-    model = make(tokenizer, RopeGuidance(1.37, 2.61, 0.33, 0.71))
+    model = make(tokenizer, RopeGuidance(1.37, lambda_w, 0.33, 0.71))
     seen = []
     model.model.language_model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     asked = prompts(tokenizer)[:1]
-    generate_answers(model, tokenizer, asked, pixels[:24], grid[:1], [0], max_new_tokens=8)
+    generate_answers(model, tokenizer, asked, pixels[:24], grid[:1], [0], max_new_tokens=60)
     used = torch.cat([places.float().expand(3, 1, -1) for places in seen], dim=2)
-    assert used.shape[2] > len(asked[0])
+    assert used[..., len(asked[0])].max() < 64 < used.max()
     whole = torch.tensor([asked[0] + [0] * (used.shape[2] - len(asked[0]))])
     assert torch.equal(used, model.model.get_rope_index(whole, image_grid_thw=grid[:1])[0])
 
