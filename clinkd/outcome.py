@@ -97,7 +97,7 @@ def report(run: Run) -> Path:
         evaluation=json.loads((run.folder / "eval.json").read_text()),
         metrics=_lines([artifact.path / "metrics.jsonl" for artifact in run.done.values()]),
         predictions=_lines([run.folder / "predictions.jsonl"]),
-        images=lambda names: images(data, names),
+        images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),
         versions={key: value or "not installed" for key, value in versions().items()},
         stages=run.log,

@@ -43,7 +43,7 @@ class Answerer:
         self.spec = spec
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = load_model(spec.model)
-        self.model.to(device).eval()
+        self.model = self.model.eval().to(device)
         self.guided = guidance_of(self.model.config).guided == "pair"
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = AutoImageProcessor.from_pretrained(spec.model)
@@ -103,11 +103,13 @@ def predict(
     records: Any, spec: PredictSpec, *, actors: int, cpus: float = 0.5, gpus: float = 0.0, batch: int = 16
 ) -> Iterator[dict[str, Any]]:
     """Answers to all turns of a Ray Dataset of records, in no particular order."""
+    import ray.data
+
     answered = records.map_batches(
         Answerer,
         fn_constructor_args=(spec,),
         batch_size=batch,
-        concurrency=actors,
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
