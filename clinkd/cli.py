@@ -162,7 +162,7 @@ def run(
     path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. run.name=mine."),
 ) -> None:
-    """Run the stages there are so far: prepare, teacher, evaluate, report.
+    """Run the stages there are so far: prepare, teacher, label, distill, evaluate, report.
 
     The same command again skips what is whole and goes on where it was killed.
     Example: clinkd run configs/tiny.yaml run.name=mine sft.steps=200
@@ -173,7 +173,9 @@ def run(
     with pipeline.open_run(load_config(path, overrides)) as current:
         pipeline.prepare(current)
         pipeline.teacher(current)
-        outcome.evaluate(current, "teacher")
+        pipeline.label(current)
+        pipeline.distill(current)
+        outcome.evaluate(current, "distill")
         page = outcome.report(current)
     typer.echo(f"report: {page}")
 

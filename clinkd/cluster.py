@@ -93,7 +93,16 @@ def _start() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    _quiet_data()
     _started_here = True
+
+
+def _quiet_data() -> None:
+    """Ray Data's own bars and logs stand down: progress.py shows what a user wants to see."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _join(address: str, where: str) -> None:

@@ -237,6 +237,98 @@ def teacher(run: Run) -> Artifact:
     return run.stage("teacher", ["prepare"], settings, make)
 
 
+def label(run: Run) -> Artifact:
+    """The teacher asked once about every training sample: answers, confidence, states."""
+    config = run.config
+    settings = {"unlabelled_share": config.distill.unlabelled_share, "seed": config.run.seed}
+
+    def make(draft: Draft) -> dict[str, Any]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        import ray.data
+        from ray.data.expressions import col
+
+        from clinkd.data.shards import samples, shard_paths
+        from clinkd.distill.teacher_cache import Labeller, LabelSpec, write_head
+
+        data, model = run.done["prepare"].path, run.done["teacher"].path / "model"
+        total = sum(1 for _ in samples(data, "train"))
+        run.progress.start("label", total)
+        rows = ray.data.read_parquet([str(path) for path in shard_paths(data)])
+        labelled = rows.filter(expr=col("split") == "train").map_batches(
+            Labeller,
+            fn_constructor_args=(
+                LabelSpec(
+                    str(model.resolve()), hidden_share=config.distill.unlabelled_share, seed=config.run.seed
+                ),
+            ),
+            batch_size=16,
+            compute=ray.data.ActorPoolStrategy(size=config.compute.actors),
+            num_cpus=0.5,
+        )
+        tables: list[Any] = []
+        done = 0
+        for table in labelled.iter_batches(batch_format="pyarrow", batch_size=1024):
+            tables.append(table)
+            done += len(table)
+            run.progress.update(done, record=False)
+        (draft.path / "states").mkdir(exist_ok=True)
+        whole = pa.concat_tables(tables).sort_by("sample")
+        pq.write_table(whole, draft.path / "states" / "part-00000.parquet", row_group_size=4096)
+        write_head(model, draft.path)
+        taught = sum(source == "teacher" for source in whole.column("source").to_pylist())
+        run.progress.finish(samples=done, pseudo_labels=taught)
+        return {"samples": done, "pseudo_labels": taught}
+
+    return run.stage("label", ["prepare", "teacher"], settings, make)
+
+
+def distill(run: Run) -> Artifact:
+    """The student, from the teacher's cache."""
+    config, options = run.config, run.config.distill
+    settings = {
+        "distill": options.model_dump(), "model": config.model.model_dump(), "rope": config.rope.model_dump(),
+        "seed": config.run.seed, "precision": config.compute.precision,
+    }  # fmt: skip
+
+    def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.tasks import DistillSpec, DistillTask, VqaSpec
+
+        start = _student_start(run, draft)
+        spec = VqaSpec(
+            model=str(start.resolve()), guidance=guidance(config.rope),
+            train_vision=config.model.train_vision, dtype=config.model.dtype, chunk_size=options.chunk_size,
+            gradient_checkpointing=config.compute.gradient_checkpointing,
+        )  # fmt: skip
+        kept = {"a": options.a, "temperature": options.temperature, "divergence": options.divergence}
+        learn = DistillSpec(str(run.done["label"].path), kept, options.start_quantile, options.end_quantile)
+        zero = config.compute.zero_stage
+        return train(
+            run, draft, "distill", options.optim, zero,
+            lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
+        )  # fmt: skip
+
+    return run.stage("distill", ["prepare", "teacher", "label"], settings, make)
+
+
+def _student_start(run: Run, draft: Draft) -> Path:
+    """What the student starts from: a checkpoint by path, layers of the teacher, or random weights."""
+    model = run.config.model
+    if model.path is not None or model.init == "random":
+        return start_model(run, draft, model.tiny, model.path)
+    folder = draft.work / "start"
+    if not (folder / "config.json").is_file():
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from clinkd.model.clinkd_qwen2vl import load_model, save_model, student_from_teacher
+
+        teacher_folder = run.done["teacher"].path / "model"
+        student = student_from_teacher(load_model(teacher_folder), model.tiny.layers)
+        tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+        save_model(student, tokenizer, AutoImageProcessor.from_pretrained(teacher_folder), folder)
+    return folder
+
+
 def train(
     run: Run,
     draft: Draft,

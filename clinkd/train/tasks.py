@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clinkd.data.ingest import RecordTable, collect, decode, open_table
 from clinkd.data.records import sample_id
+from clinkd.distill.curriculum import admitted_margin
 from clinkd.distill.losses import answer_loss, distill_loss
 from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
@@ -116,8 +118,13 @@ class SupervisedTask:
             grid = self.images[record][1]
             asked = self.table.turns(record)[turn]
             tokens = int(grid.prod()) // self.processor.merge_size**2
-            self._encoded[record, turn] = encode(self.tokenizer, asked["question"], asked["answer"], tokens)
+            answer = self.answer(record, turn)
+            self._encoded[record, turn] = encode(self.tokenizer, asked["question"], answer, tokens)
         return self._encoded[record, turn]
+
+    def answer(self, record: int, turn: int) -> str:
+        """What the model is to say."""
+        return str(self.table.turns(record)[turn]["answer"])
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         rows = [self.encoded(record, turn) for record, turns in groups for turn in turns]
@@ -172,3 +179,54 @@ class DistillLossModule(AnswerLoss):
             chunk_size=self.chunk_size, normalizer=1.0, **self.options,
         )  # fmt: skip
         return {"loss": found.total, "kd": found.kd, "ce": found.ce}
+
+
+@dataclass(frozen=True)
+class DistillSpec:
+    """How a student learns from the cache; travels by value."""
+
+    cache: str
+    options: Mapping[str, Any]  # a, temperature, divergence of distill_loss
+    start_quantile: float
+    end_quantile: float
+
+
+class DistillTask(SupervisedTask):
+    """Turns with the cache's answers and the teacher's states at their tokens, admitted by its margin.
+
+    A turn under the admitted margin waits for a later epoch; of a group in which all wait, the one of
+    which the teacher is surest stays, so that no rank is ever without work.
+    """
+
+    def __init__(
+        self, rows: Any, scratch: Path, spec: VqaSpec, distill: DistillSpec, zero_stage: int = 0
+    ) -> None:
+        from clinkd.distill.teacher_cache import TeacherCache
+
+        super().__init__(rows, scratch, spec, zero_stage)
+        self.distill, self.cache = distill, TeacherCache(Path(distill.cache))
+        self.margins = np.array(list(self.cache.margins.values()))
+
+    def build(self) -> nn.Module:
+        model = self.load()
+        return DistillLossModule(
+            model, self.spec.chunk_size, self.cache.head, self.distill.options, zero3=self.zero3
+        )
+
+    def answer(self, record: int, turn: int) -> str:
+        return str(self.cache.answers[sample_id(self.ids[record], turn)])
+
+    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
+        bar = admitted_margin(
+            step, total, self.margins, self.distill.start_quantile, self.distill.end_quantile
+        )
+        admitted = [(record, self._admit(record, turns, bar)) for record, turns in groups]
+        inputs, tokens = super().batch(admitted, step, total)
+        names = [sample_id(self.ids[record], turn) for record, turns in admitted for turn in turns]
+        states = np.concatenate([self.cache.hidden(name) for name in names])
+        return inputs | {"teacher_hidden": torch.from_numpy(states)}, tokens
+
+    def _admit(self, record: int, turns: tuple[int, ...], bar: float) -> tuple[int, ...]:
+        margins = [self.cache.margins[sample_id(self.ids[record], turn)] for turn in turns]
+        kept = tuple(turn for turn, margin in zip(turns, margins, strict=True) if margin >= bar)
+        return kept or (turns[int(np.argmax(margins))],)
