@@ -162,21 +162,15 @@ def run(
     path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. run.name=mine."),
 ) -> None:
-    """Run the stages there are so far: prepare, teacher, label, distill, evaluate, report.
+    """Run the whole pipeline, from data to report.
 
     The same command again skips what is whole and goes on where it was killed.
     Example: clinkd run configs/tiny.yaml run.name=mine sft.steps=200
     """
-    from clinkd import outcome, pipeline
     from clinkd.config import load_config
+    from clinkd.stages import pipeline
 
-    with pipeline.open_run(load_config(path, overrides)) as current:
-        pipeline.prepare(current)
-        pipeline.teacher(current)
-        pipeline.label(current)
-        pipeline.distill(current)
-        outcome.evaluate(current, "distill")
-        page = outcome.report(current)
+    page = pipeline.run(load_config(path, overrides))
     typer.echo(f"report: {page}")
 
 

@@ -230,3 +230,42 @@ class DistillTask(SupervisedTask):
         margins = [self.cache.margins[sample_id(self.ids[record], turn)] for turn in turns]
         kept = tuple(turn for turn, margin in zip(turns, margins, strict=True) if margin >= bar)
         return kept or (turns[int(np.argmax(margins))],)
+
+
+class ReflectTask(SupervisedTask):
+    """The full training data with a share of feedback: turns whose answer the selection chose.
+
+    A group of the ledger is, with probability ``share``, replaced by one that feedback is about; the
+    others keep what was right right.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        scratch: Path,
+        spec: VqaSpec,
+        feedback: Mapping[str, str],
+        share: float,
+        zero_stage: int = 0,
+    ) -> None:
+        super().__init__(rows, scratch, spec, zero_stage)
+        self.feedback, self.share = dict(feedback), share if feedback else 0.0
+        at = {record: index for index, record in enumerate(self.ids)}
+        turns: dict[int, list[int]] = {}
+        for name in sorted(self.feedback):
+            record, _, turn = name.rpartition("#")
+            turns.setdefault(at[record], []).append(int(turn))
+        self.groups: list[Group] = [(record, tuple(found)) for record, found in sorted(turns.items())]
+
+    def answer(self, record: int, turn: int) -> str:
+        name = sample_id(self.ids[record], turn)
+        return self.feedback[name] if name in self.feedback else super().answer(record, turn)
+
+    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
+        # Seeded by what the ledger dealt, so a resumed run draws the same.
+        rng = np.random.default_rng([step, *(record for record, _ in groups)])
+        mixed = [
+            self.groups[int(rng.integers(len(self.groups)))] if rng.random() < self.share else group
+            for group in groups
+        ]
+        return super().batch(mixed, step, total)

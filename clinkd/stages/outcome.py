@@ -16,7 +16,7 @@ from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
-from clinkd.pipeline import Run, write_whole
+from clinkd.stages.base import Run, write_whole
 
 
 def evaluate(run: Run, model: str) -> Artifact:
@@ -95,7 +95,10 @@ def report(run: Run) -> Path:
     inputs = ReportInputs(
         name=run.config.run.name,
         evaluation=json.loads((run.folder / "eval.json").read_text()),
-        metrics=_lines([artifact.path / "metrics.jsonl" for artifact in run.done.values()]),
+        metrics=_lines(
+            sorted(path for item in run.done.values() for path in item.path.rglob("metrics.jsonl"))
+        ),
+        feedback=_feedback(run),
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),
@@ -109,3 +112,17 @@ def report(run: Run) -> Path:
 
 def _lines(paths: list[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+
+
+def _feedback(run: Run) -> list[dict[str, Any]]:
+    """What every round of reflection kept, the round's number beside it."""
+    import pyarrow.parquet as pq
+
+    if "reflect" not in run.done:
+        return []
+    paths = sorted(run.done["reflect"].path.glob("round-*/feedback.parquet"))
+    return [
+        row | {"round": int(path.parent.name.removeprefix("round-"))}
+        for path in paths
+        for row in pq.read_table(path).to_pylist()
+    ]

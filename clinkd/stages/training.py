@@ -1,168 +1,22 @@
-"""The stages in their order, each an artifact that is made once and skipped when whole.
+"""Stages teacher, label and distill, and what every stage that trains does.
 
 Decisions:
-- A stage's fingerprint comes from the fingerprints of what it reads and the settings that matter to it;
-  numbers of workers and where things run do not.
-- Artifacts lie in ``<root>/artifacts`` and are shared by all runs under the root, so a sweep's trials
-  find the
-  teacher and its cache. ``<root>/<name>`` holds what a person opens: eval.json, predictions.jsonl,
-  report.html.
+- A model made here starts from a folder like any checkpoint, so training knows one way to begin.
+- Steps come from the configuration or from epochs over the ledger's groups.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clinkd.artifacts import Artifact, Draft, Store, fingerprint
-from clinkd.config import ConfigError, OptimSection, RopeSection, RunConfig, TinySection, to_yaml
-from clinkd.progress import Progress, tail_metrics
-
-
-@dataclass
-class Run:
-    """One run: its configuration, its artifacts so far, and its progress view."""
-
-    config: RunConfig
-    progress: Progress
-    store: Store
-    done: dict[str, Artifact] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)  # rows of the report's table of stages
-    _connected: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.root) / self.config.run.name
-
-    def connect(self) -> None:
-        """Ray, when the first stage that is not skipped needs it."""
-        if not self._connected:
-            from clinkd import cluster
-
-            compute = self.config.compute
-            cluster.connect(compute.address, compute.workers, compute.cpus_per_worker)
-            self._connected = True
-
-    def stage(
-        self,
-        name: str,
-        inputs: list[str],
-        settings: dict[str, Any],
-        make: Callable[[Draft], dict[str, Any]],
-        version: int = 1,
-    ) -> Artifact:
-        """Finds the stage's artifact or makes it; ``make`` writes into the draft and returns counts."""
-        read = {other: self.done[other].fingerprint for other in inputs}
-        mark = fingerprint(name, read, settings, version)
-        artifact = self.store.find(name, mark)
-        skipped = artifact is not None
-        if artifact is None:
-            self.connect()
-            with self.store.build(name, mark, read, settings) as draft:
-                artifact = draft.artifact or draft.commit(make(draft))
-        else:
-            self.progress.skipped(name, artifact.meta["seconds"])
-        self.done[name] = artifact
-        self.log.append(
-            {"stage": name, "fingerprint": mark[:12], "seconds": artifact.meta["seconds"],
-             "counts": artifact.meta["counts"], "skipped": skipped}
-        )  # fmt: skip
-        return artifact
-
-
-@contextlib.contextmanager
-def open_run(config: RunConfig) -> Iterator[Run]:
-    """A run's folder, progress and store; Ray is left at the end if it was started here."""
-    from clinkd import cluster
-
-    check_inputs(config)
-    folder = Path(config.run.root) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", to_yaml(config))
-    with Progress(folder / "metrics.jsonl") as progress:
-        run = Run(config, progress, Store(Path(config.run.root) / "artifacts", progress.say))
-        try:
-            yield run
-        finally:
-            if run._connected:
-                cluster.disconnect()
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Says at once what would fail late.
-
-    Raises:
-        ConfigError: a model path without a model, more workers than CPUs. DataError: a source that is
-        not there.
-    """
-    from clinkd import cluster
-    from clinkd.data.prepare import find_source
-
-    for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
-        if path is not None and not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL checkpoint")
-    if config.data.source != "phantoms":
-        find_source(config.data.source, Path(config.data.images) if config.data.images else None)
-    if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
-        cluster.check_workers(config.compute.workers, config.compute.cpus_per_worker, cluster.real_cores())
-
-
-def write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def prepare(run: Run) -> Artifact:
-    """Images and questions to shards."""
-    data = run.config.data
-    settings = data.model_dump() | {
-        "seed": run.config.run.seed,
-        "content": _content(data.source, data.images),
-    }
-
-    def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.data.phantoms import PhantomSpec
-        from clinkd.data.prepare import prepare as write
-        from clinkd.data.validate import Limits
-
-        phantoms = PhantomSpec(data.phantoms, size=data.phantom_size, seed=run.config.run.seed)
-        run.progress.start("prepare")
-        manifest = write(
-            phantoms if data.source == "phantoms" else data.source,
-            draft.path,
-            images=Path(data.images) if data.images else None,
-            seed=run.config.run.seed,
-            test_fraction=data.test_fraction,
-            images_per_shard=data.records_per_shard,
-            limits=Limits(max_pixels=data.max_pixels),
-            progress=lambda _, done, total: run.progress.update(done, total=total),
-        )
-        kept = ("records_in", "records_out", "quarantined", "duplicates", "images", "by_split")
-        counts = {key: manifest[key] for key in kept}
-        run.progress.finish(records=manifest["records_out"], quarantined=manifest["quarantined"])
-        return counts
-
-    return run.stage("prepare", [], settings, make)
-
-
-def _content(source: str, images: str | None) -> str:
-    """A digest of a source's files by name, size and time: has it to be prepared again?"""
-    digest = hashlib.sha256()
-    for root in filter(None, (None if source == "phantoms" else source, images)):
-        paths = [Path(root)] if Path(root).is_file() else sorted(Path(root).rglob("*"))
-        for path in paths:
-            if path.is_file():
-                stat = path.stat()
-                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+from clinkd.artifacts import Artifact, Draft
+from clinkd.config import ConfigError, OptimSection, RopeSection, TinySection
+from clinkd.progress import tail_metrics
+from clinkd.stages.base import Run
 
 
 def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> Path:
@@ -336,6 +190,7 @@ def train(
     optim: OptimSection,
     zero_stage: int,
     make_task: Callable[[Any, Path], Any],
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Trains one stage on the training split, its progress followed from the workers' metrics."""
     import ray.data
@@ -345,6 +200,7 @@ def train(
     from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob, fit
 
+    out = out or draft.path
     data = run.done["prepare"].path
     per_record: dict[str, int] = {}
     for sample in samples(data, "train"):
@@ -355,19 +211,19 @@ def train(
     steps = steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
-        steps=steps, seed=run.config.run.seed, out=str(draft.path.resolve()),
+        steps=steps, seed=run.config.run.seed, out=str(out.resolve()),
     )  # fmt: skip
     rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
         expr=col("split") == "train"
     )
     run.progress.start(stage, steps)
     stop = threading.Event()
-    follower = tail_metrics(draft.path / "metrics.jsonl", run.progress, stop)
+    follower = tail_metrics(out / "metrics.jsonl", run.progress, stop)
     try:
         fit(job, rows, draft.work)
     finally:
         stop.set()
         follower.join()
     run.progress.finish()
-    lines = (draft.path / "metrics.jsonl").read_text().splitlines()
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     return {"steps": steps, "loss": json.loads(lines[-1])["loss"], "records": len(per_record)}

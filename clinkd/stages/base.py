@@ -1,0 +1,117 @@
+"""What all stages share: a run, its artifacts, and how one is made once and skipped when whole.
+
+Decisions:
+- A stage's fingerprint comes from the fingerprints of what it reads and the settings that matter to it;
+  numbers of workers and where things run do not.
+- Artifacts lie in ``<root>/artifacts`` and are shared by all runs under the root, so a sweep's trials
+  find the
+  teacher and its cache. ``<root>/<name>`` holds what a person opens: eval.json, predictions.jsonl,
+  report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clinkd.artifacts import Artifact, Draft, Store, fingerprint
+from clinkd.config import ConfigError, RunConfig, to_yaml
+from clinkd.progress import Progress
+
+
+@dataclass
+class Run:
+    """One run: its configuration, its artifacts so far, and its progress view."""
+
+    config: RunConfig
+    progress: Progress
+    store: Store
+    done: dict[str, Artifact] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)  # rows of the report's table of stages
+    _connected: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.root) / self.config.run.name
+
+    def connect(self) -> None:
+        """Ray, when the first stage that is not skipped needs it."""
+        if not self._connected:
+            from clinkd import cluster
+
+            compute = self.config.compute
+            cluster.connect(compute.address, compute.workers, compute.cpus_per_worker)
+            self._connected = True
+
+    def stage(
+        self,
+        name: str,
+        inputs: list[str],
+        settings: dict[str, Any],
+        make: Callable[[Draft], dict[str, Any]],
+        version: int = 1,
+    ) -> Artifact:
+        """Finds the stage's artifact or makes it; ``make`` writes into the draft and returns counts."""
+        read = {other: self.done[other].fingerprint for other in inputs}
+        mark = fingerprint(name, read, settings, version)
+        artifact = self.store.find(name, mark)
+        skipped = artifact is not None
+        if artifact is None:
+            self.connect()
+            with self.store.build(name, mark, read, settings) as draft:
+                artifact = draft.artifact or draft.commit(make(draft))
+        else:
+            self.progress.skipped(name, artifact.meta["seconds"])
+        self.done[name] = artifact
+        self.log.append(
+            {"stage": name, "fingerprint": mark[:12], "seconds": artifact.meta["seconds"],
+             "counts": artifact.meta["counts"], "skipped": skipped}
+        )  # fmt: skip
+        return artifact
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[Run]:
+    """A run's folder, progress and store; Ray is left at the end if it was started here."""
+    from clinkd import cluster
+
+    check_inputs(config)
+    folder = Path(config.run.root) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", to_yaml(config))
+    with Progress(folder / "metrics.jsonl") as progress:
+        run = Run(config, progress, Store(Path(config.run.root) / "artifacts", progress.say))
+        try:
+            yield run
+        finally:
+            if run._connected:
+                cluster.disconnect()
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Says at once what would fail late.
+
+    Raises:
+        ConfigError: a model path without a model, more workers than CPUs. DataError: a source that is
+        not there.
+    """
+    from clinkd import cluster
+    from clinkd.data.prepare import find_source
+
+    for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
+        if path is not None and not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL checkpoint")
+    if config.data.source != "phantoms":
+        find_source(config.data.source, Path(config.data.images) if config.data.images else None)
+    if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
+        cluster.check_workers(config.compute.workers, config.compute.cpus_per_worker, cluster.real_cores())
+
+
+def write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
