@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 SMALL = [
     "data.phantoms=48", "data.test_fraction=0.34", "sft.steps=4", "distill.optim.steps=4",
-    "reflect.optim.steps=4",     "reflect.samples=12", "reflect.budget=4", "reflect.candidates=2", "reflect.similarity=rouge",
+    "reflect.optim.steps=4",     "reflect.samples=12", "reflect.budget=4", "reflect.candidates=2",
+    "reflect.similarity=rouge",
     "evaluate.text_metrics=false", "evaluate.max_new_tokens=12", "compute.checkpoint_every=2",
 ]  # fmt: skip
 
