@@ -11,7 +11,8 @@ import pytest
 pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 SMALL = [
-    "data.phantoms=48", "data.test_fraction=0.34", "sft.steps=4", "distill.optim.steps=4",
+    "data.phantoms=48", "data.test_fraction=0.34", "guide.steps=4", "sft.steps=4", "rope.gamma=0.5",
+    "distill.optim.steps=4",
     "reflect.optim.steps=4",     "reflect.samples=12", "reflect.budget=4", "reflect.candidates=2",
     "reflect.similarity=rouge",
     "evaluate.text_metrics=false", "evaluate.max_new_tokens=12", "compute.checkpoint_every=2",
@@ -37,13 +38,13 @@ def test_run_trains_distils_evaluates_reports_and_then_skips(tmp_path: Path) -> 
     predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predictions] == list(range(len(predictions)))
     stages = {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}
-    assert {"prepare", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
+    assert {"prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
     assert "distill" in (run / "report.html").read_text()
 
     again = clinkd(tmp_path, "run", str(CONFIG), *SMALL)
     assert again.returncode == 0
     skipped = [line.split()[1] for line in again.stderr.splitlines() if line.startswith("skipped")]
-    assert skipped == ["prepare", "teacher", "label", "distill", "reflect", "evaluate"]
+    assert skipped == ["prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"]
     assert json.loads((run / "eval.json").read_text()) == result
 
 

@@ -12,6 +12,7 @@ Decisions:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ def check_inputs(config: RunConfig) -> None:
     for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
         if path is not None and not (Path(path) / "config.json").is_file():
             raise ConfigError(f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL checkpoint")
+    if config.teacher.path is not None and config.model.path is None:
+        raise ConfigError("model.path: a teacher by path needs a student by path (they share a vocabulary)")
     if config.data.source != "phantoms":
         find_source(config.data.source, Path(config.data.images) if config.data.images else None)
     if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
@@ -115,3 +118,15 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def content_digest(*roots: Path) -> str:
+    """A digest of files by name, size and time of change; cheap, and enough to see that something changed."""
+    digest = hashlib.sha256()
+    for root in roots:
+        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+            if path.is_file():
+                stat = path.stat()
+                name = path.relative_to(root.parent)
+                digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
 from clinkd.stages.base import Run, write_whole
+from clinkd.stages.models import alignment
 
 
 def evaluate(run: Run, model: str) -> Artifact:
@@ -32,7 +33,7 @@ def evaluate(run: Run, model: str) -> Artifact:
         run.progress.finish(**means)
         return {"predictions": len(lines)} | means
 
-    artifact = run.stage("evaluate", ["prepare", model], settings, make)
+    artifact = run.stage("evaluate", ["prepare", "guide", model], settings, make)
     for name in ("eval.json", "predictions.jsonl"):
         write_whole(run.folder / name, (artifact.path / name).read_text())
     return artifact
@@ -50,8 +51,9 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
     if not total:
         raise ConfigError("data.test_fraction: no test sample was left by the split; raise it or add cases")
     spec = PredictSpec(
-        str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed
-    )
+        str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
+        alignment=alignment(run, run.config.rope),
+    )  # fmt: skip
     rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
         expr=col("split") == "test"
     )
@@ -99,6 +101,7 @@ def report(run: Run) -> Path:
             sorted(path for item in run.done.values() for path in item.path.rglob("metrics.jsonl"))
         ),
         feedback=_feedback(run),
+        guide=json.loads((run.done["guide"].path / "retrieval.json").read_text()),
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),

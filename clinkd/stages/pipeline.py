@@ -7,6 +7,7 @@ from pathlib import Path
 from clinkd.config import RunConfig
 from clinkd.stages import outcome, training
 from clinkd.stages.base import Run, open_run
+from clinkd.stages.guide import guide
 from clinkd.stages.prepare import prepare
 from clinkd.stages.reflection import reflect
 
@@ -27,6 +28,7 @@ def run(config: RunConfig) -> Path:
 def learn(current: Run) -> None:
     """All stages that come before the evaluation."""
     prepare(current)
+    guide(current)
     training.teacher(current)
     training.label(current)
     training.distill(current)

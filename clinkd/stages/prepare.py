@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
-from clinkd.stages.base import Run
+from clinkd.config import DataSection
+from clinkd.stages.base import Run, content_digest
 
 
 def prepare(run: Run) -> Artifact:
@@ -15,7 +15,7 @@ def prepare(run: Run) -> Artifact:
     data = run.config.data
     settings = data.model_dump() | {
         "seed": run.config.run.seed,
-        "content": _content(data.source, data.images),
+        "content": _content(data),
     }
 
     def make(draft: Draft) -> dict[str, Any]:
@@ -43,13 +43,7 @@ def prepare(run: Run) -> Artifact:
     return run.stage("prepare", [], settings, make)
 
 
-def _content(source: str, images: str | None) -> str:
-    """A digest of a source's files by name, size and time: has it to be prepared again?"""
-    digest = hashlib.sha256()
-    for root in filter(None, (None if source == "phantoms" else source, images)):
-        paths = [Path(root)] if Path(root).is_file() else sorted(Path(root).rglob("*"))
-        for path in paths:
-            if path.is_file():
-                stat = path.stat()
-                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _content(data: DataSection) -> str:
+    """What lies in the source: has it to be prepared again?"""
+    roots = [None if data.source == "phantoms" else data.source, data.images]
+    return content_digest(*(Path(root) for root in roots if root))

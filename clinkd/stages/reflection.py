@@ -15,7 +15,8 @@ from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.training import guidance, train
+from clinkd.stages.models import alignment, teacher_folder, vqa_spec
+from clinkd.stages.training import train
 
 
 def reflect(run: Run) -> Artifact:
@@ -35,7 +36,7 @@ def reflect(run: Run) -> Artifact:
         shutil.copytree(model, draft.path / "model", dirs_exist_ok=True)
         return counts
 
-    return run.stage("reflect", ["prepare", "teacher", "distill"], settings, make)
+    return run.stage("reflect", ["prepare", "guide", "teacher", "distill"], settings, make)
 
 
 def _round(run: Run, draft: Draft, model: Path, number: int) -> dict[str, Any]:
@@ -95,8 +96,9 @@ def _answers(run: Run, path: Path, model: Path, number: int) -> list[dict[str, A
     total = sum(turns[record] for record in chosen)
     rows = ray.data.read_parquet([str(shard) for shard in shard_paths(run.done["prepare"].path)])
     spec = PredictSpec(
-        str(model.resolve()), run.config.evaluate.batch_size, run.config.evaluate.max_new_tokens
-    )
+        str(model.resolve()), run.config.evaluate.batch_size, run.config.evaluate.max_new_tokens,
+        alignment=alignment(run, run.config.rope),
+    )  # fmt: skip
     run.progress.start(f"reflect: answers of round {number}", total)
     found = []
     for row in predict(rows.filter(expr=col("id").is_in(chosen)), spec, actors=run.config.compute.actors):
@@ -115,7 +117,7 @@ def _corrections(run: Run, records: list[dict[str, Any]], number: int) -> dict[s
 
     options = run.config.reflect
     spec = PredictSpec(
-        str((run.done["teacher"].path / "model").resolve()), run.config.evaluate.batch_size,
+        str(teacher_folder(run).resolve()), run.config.evaluate.batch_size,
         run.config.evaluate.max_new_tokens, candidates=options.candidates, temperature=options.temperature,
         seed=run.config.run.seed + number,
     )  # fmt: skip
@@ -131,15 +133,12 @@ def _train_round(run: Run, draft: Draft, folder: Path, model: Path, number: int)
     """Trains on the full data with a share of feedback."""
     import pyarrow.parquet as pq
 
-    from clinkd.train.tasks import ReflectTask, VqaSpec
+    from clinkd.train.tasks import ReflectTask
 
     config = run.config
     table = pq.read_table(folder / "feedback.parquet", columns=["sample", "chosen"])
     feedback = dict(zip(table.column("sample").to_pylist(), table.column("chosen").to_pylist(), strict=True))
-    spec = VqaSpec(
-        model=str(model.resolve()), guidance=guidance(config.rope), train_vision=config.model.train_vision,
-        dtype=config.model.dtype, gradient_checkpointing=config.compute.gradient_checkpointing,
-    )  # fmt: skip
+    spec = vqa_spec(run, model, config.rope, train_vision=config.model.train_vision)
     share, zero = config.reflect.share, config.compute.zero_stage
     counts = train(
         run, draft, f"reflect-{number}", config.reflect.optim, zero,

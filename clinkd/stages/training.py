@@ -9,42 +9,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
-from clinkd.config import ConfigError, OptimSection, RopeSection, TinySection
+from clinkd.config import ConfigError, OptimSection
 from clinkd.progress import tail_metrics
-from clinkd.stages.base import Run
-
-
-def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> Path:
-    """The folder a model starts from: the user's checkpoint, or one made here from the training text."""
-    if path is not None:
-        return Path(path)
-    from clinkd.model.presets import TinySize, write_new_model
-
-    vision = run.config.model.vision
-    size = TinySize(
-        hidden=tiny.hidden, layers=tiny.layers, heads=tiny.heads, mlp=tiny.mlp, vision_hidden=vision.hidden,
-        vision_layers=vision.layers, vision_heads=vision.heads, patch=vision.patch,
-        image_size=vision.image_size,
-    )  # fmt: skip
-    folder = draft.work / "start"
-    if not (folder / "config.json").is_file():
-        texts = _training_text(run.done["prepare"].path)
-        write_new_model(texts, size, folder, vocab_size=run.config.model.vocab_size, seed=run.config.run.seed)
-    return folder
-
-
-def _training_text(data: Path) -> Iterator[str]:
-    from clinkd.data.boxes import to_qwen
-    from clinkd.data.shards import samples
-
-    for sample in samples(data, "train"):
-        yield to_qwen(sample["question"])
-        yield to_qwen(sample["answer"])
+from clinkd.stages.base import Run, content_digest, write_whole
+from clinkd.stages.models import student_start, teacher_folder, teacher_rope, vqa_spec
 
 
 def steps_of(optim: OptimSection, groups: int, workers: int) -> int:
@@ -53,42 +26,39 @@ def steps_of(optim: OptimSection, groups: int, workers: int) -> int:
     return optim.steps or max(1, round(optim.epochs * groups / per_step))
 
 
-def guidance(rope: RopeSection) -> Any:
-    from clinkd.model.rope import RopeGuidance
-
-    return RopeGuidance(**rope.model_dump())
-
-
 def teacher(run: Run) -> Artifact:
     """The teacher, trained on the true answers; a checkpoint by path takes its place without training."""
     config = run.config
     optim, compute = config.sft, config.compute
+    if config.teacher.path is not None:
+        return _given_teacher(run, Path(config.teacher.path))
     settings = {
-        "teacher": config.teacher.model_dump(), "vision": config.model.vision.model_dump(),
-        "vocab_size": config.model.vocab_size, "optim": optim.model_dump(), "seed": config.run.seed,
+        "teacher": config.teacher.model_dump(), "optim": optim.model_dump(), "seed": config.run.seed,
         "precision": compute.precision,
     }  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.tasks import SupervisedTask, VqaSpec
+        from clinkd.train.tasks import SupervisedTask
 
-        start = start_model(run, draft, config.teacher.tiny, config.teacher.path)
         zero = compute.zero_stage if compute.teacher_zero_stage is None else compute.teacher_zero_stage
-        spec = VqaSpec(
-            model=str(start.resolve()), guidance=guidance(RopeSection(mode="none")),
-            train_vision=config.teacher.train_vision, dtype=config.model.dtype,
-            gradient_checkpointing=compute.gradient_checkpointing,
-        )  # fmt: skip
+        start = run.done["guide"].path / "model"
+        spec = vqa_spec(run, start, teacher_rope(), train_vision=config.teacher.train_vision)
         return train(
-            run,
-            draft,
-            "teacher",
-            optim,
-            zero,
+            run, draft, "teacher", optim, zero,
             lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
-        )
+        )  # fmt: skip
 
-    return run.stage("teacher", ["prepare"], settings, make)
+    return run.stage("teacher", ["prepare", "guide"], settings, make)
+
+
+def _given_teacher(run: Run, path: Path) -> Artifact:
+    """An artifact that names the user's checkpoint; its files stay where they are."""
+
+    def make(draft: Draft) -> dict[str, Any]:
+        write_whole(draft.path / "model.json", json.dumps({"path": str(path.resolve())}))
+        return {"steps": 0}
+
+    return run.stage("teacher", [], {"path": str(path.resolve()), "content": content_digest(path)}, make)
 
 
 def label(run: Run) -> Artifact:
@@ -105,7 +75,7 @@ def label(run: Run) -> Artifact:
         from clinkd.data.shards import samples, shard_paths
         from clinkd.distill.teacher_cache import Labeller, LabelSpec, write_head
 
-        data, model = run.done["prepare"].path, run.done["teacher"].path / "model"
+        data, model = run.done["prepare"].path, teacher_folder(run)
         total = sum(1 for _ in samples(data, "train"))
         run.progress.start("label", total)
         rows = ray.data.read_parquet([str(path) for path in shard_paths(data)])
@@ -146,14 +116,9 @@ def distill(run: Run) -> Artifact:
     }  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.tasks import DistillSpec, DistillTask, VqaSpec
+        from clinkd.train.tasks import DistillSpec, DistillTask
 
-        start = _student_start(run, draft)
-        spec = VqaSpec(
-            model=str(start.resolve()), guidance=guidance(config.rope),
-            train_vision=config.model.train_vision, dtype=config.model.dtype, chunk_size=options.chunk_size,
-            gradient_checkpointing=config.compute.gradient_checkpointing,
-        )  # fmt: skip
+        spec = vqa_spec(run, student_start(run, draft), config.rope, train_vision=config.model.train_vision)
         kept = {"a": options.a, "temperature": options.temperature, "divergence": options.divergence}
         learn = DistillSpec(str(run.done["label"].path), kept, options.start_quantile, options.end_quantile)
         zero = config.compute.zero_stage
@@ -162,25 +127,7 @@ def distill(run: Run) -> Artifact:
             lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
         )  # fmt: skip
 
-    return run.stage("distill", ["prepare", "teacher", "label"], settings, make)
-
-
-def _student_start(run: Run, draft: Draft) -> Path:
-    """What the student starts from: a checkpoint by path, layers of the teacher, or random weights."""
-    model = run.config.model
-    if model.path is not None or model.init == "random":
-        return start_model(run, draft, model.tiny, model.path)
-    folder = draft.work / "start"
-    if not (folder / "config.json").is_file():
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        from clinkd.model.clinkd_qwen2vl import load_model, save_model, student_from_teacher
-
-        teacher_folder = run.done["teacher"].path / "model"
-        student = student_from_teacher(load_model(teacher_folder), model.tiny.layers)
-        tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-        save_model(student, tokenizer, AutoImageProcessor.from_pretrained(teacher_folder), folder)
-    return folder
+    return run.stage("distill", ["prepare", "guide", "teacher", "label"], settings, make)
 
 
 def train(

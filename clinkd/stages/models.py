@@ -1,0 +1,104 @@
+"""Where models come from: a user's checkpoint, one made here, layers of the teacher; and how a stage
+trains one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clinkd.artifacts import Draft
+from clinkd.config import RopeSection, TinySection
+from clinkd.stages.base import Run
+
+if TYPE_CHECKING:
+    from clinkd.train.tasks import VqaSpec
+
+SCORES = "scores.parquet"
+
+
+def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> Path:
+    """The folder a model starts from: the user's checkpoint, or one made here from the training text."""
+    if path is not None:
+        return Path(path)
+    from clinkd.model.presets import TinySize, write_new_model
+
+    vision = run.config.model.vision
+    size = TinySize(
+        hidden=tiny.hidden, layers=tiny.layers, heads=tiny.heads, mlp=tiny.mlp, vision_hidden=vision.hidden,
+        vision_layers=vision.layers, vision_heads=vision.heads, patch=vision.patch,
+        image_size=vision.image_size,
+    )  # fmt: skip
+    folder = draft.work / "start"
+    if not (folder / "config.json").is_file():
+        texts = _training_text(run.done["prepare"].path)
+        write_new_model(texts, size, folder, vocab_size=run.config.model.vocab_size, seed=run.config.run.seed)
+    return folder
+
+
+def _training_text(data: Path) -> Iterator[str]:
+    from clinkd.data.boxes import to_qwen
+    from clinkd.data.shards import samples
+
+    for sample in samples(data, "train"):
+        yield to_qwen(sample["question"])
+        yield to_qwen(sample["answer"])
+
+
+def student_start(run: Run, draft: Draft) -> Path:
+    """What the student starts from: a checkpoint by path, layers of the teacher, or random weights."""
+    model = run.config.model
+    if model.path is not None or model.init == "random":
+        return start_model(run, draft, model.tiny, model.path)
+    folder = draft.work / "start"
+    if not (folder / "config.json").is_file():
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from clinkd.model.clinkd_qwen2vl import load_model, save_model, student_from_teacher
+
+        taught = teacher_folder(run)
+        student = student_from_teacher(load_model(taught), model.tiny.layers)
+        tokenizer = AutoTokenizer.from_pretrained(taught)
+        save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught), folder)
+    return folder
+
+
+def guidance(rope: RopeSection) -> Any:
+    from clinkd.model.rope import RopeGuidance
+
+    return RopeGuidance(**rope.model_dump())
+
+
+def teacher_rope() -> RopeSection:
+    """The teacher's positions: unguided, so that its cache serves every guidance a sweep tries."""
+    return RopeSection(mode="none")
+
+
+def teacher_folder(run: Run) -> Path:
+    """The teacher's Hugging Face folder: trained here, or the user's."""
+    given = run.done["teacher"].path / "model.json"
+    if given.is_file():
+        return Path(json.loads(given.read_text())["path"])
+    return run.done["teacher"].path / "model"
+
+
+def alignment(run: Run, rope: RopeSection) -> dict[str, float]:
+    """Sample id -> s in [0, 1] where ``rope`` asks for scores; empty elsewhere."""
+    if guidance(rope).guided != "pair":
+        return {}
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(run.done["guide"].path / SCORES)
+    return dict(zip(table.column("sample").to_pylist(), table.column("alignment").to_pylist(), strict=True))
+
+
+def vqa_spec(run: Run, start: Path, rope: RopeSection, *, train_vision: bool) -> VqaSpec:
+    """How a stage trains the model in ``start``."""
+    from clinkd.train.tasks import VqaSpec
+
+    return VqaSpec(
+        model=str(start.resolve()), guidance=guidance(rope), train_vision=train_vision,
+        dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
+        gradient_checkpointing=run.config.compute.gradient_checkpointing, alignment=alignment(run, rope),
+    )  # fmt: skip
