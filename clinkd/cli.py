@@ -174,7 +174,94 @@ def run(
     typer.echo(f"report: {page}")
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (run, prepare, validate, evaluate, config)
+def train(
+    stage: str = typer.Argument(..., metavar="STAGE", help="guide, teacher, distill or reflect."),
+    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+) -> None:
+    """Train one stage, with whatever it builds on that is not there yet.
+
+    Example: clinkd train distill configs/tiny.yaml distill.a=1.0
+    """
+    from clinkd.config import ConfigError, load_config
+    from clinkd.stages import pipeline
+
+    if stage not in pipeline.TRAINED:
+        raise ConfigError(f"train: {stage}: no such stage; one of {', '.join(pipeline.TRAINED)}")
+    artifact = pipeline.run_to(load_config(path, overrides), stage)
+    typer.echo(f"{stage}: {artifact.path}")
+
+
+def label(
+    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+) -> None:
+    """Ask the teacher about all training samples: pseudo-labels, confidence, cached states."""
+    from clinkd.config import load_config
+    from clinkd.stages import pipeline
+
+    artifact = pipeline.run_to(load_config(path, overrides), "label")
+    typer.echo(f"label: {artifact.path}")
+
+
+def predict(
+    checkpoint: Path = typer.Option(..., help="Hugging Face folder of a trained model."),
+    data: Path = typer.Option(..., help="Prepared data."),
+    out: Path = typer.Option(..., help="Predictions to write, JSONL."),
+    split: str = typer.Option("test", help="train or test."),
+    batch_size: int = typer.Option(64, min=1),
+    max_new_tokens: int = typer.Option(64, min=1),
+) -> None:
+    """Answer prepared questions with a checkpoint.
+
+    Example: clinkd predict --checkpoint runs/tiny/model --data DIR --out predictions.jsonl
+    """
+    from clinkd.config import ConfigError
+    from clinkd.stages.outcome import predict_folder
+
+    if not (checkpoint / "config.json").is_file():
+        raise ConfigError(f"--checkpoint: {checkpoint} holds no config.json; give a model's folder")
+    with _ray():
+        count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens)
+    typer.echo(f"{count} answers: {out}")
+
+
+def report(
+    folder: Path = typer.Argument(..., metavar="RUN", help="A run's folder, as runs/tiny."),
+) -> None:
+    """Write the report of a finished run again."""
+    from clinkd.stages import pipeline
+
+    typer.echo(f"report: {pipeline.report_again(folder)}")
+
+
+def sweep(
+    path: Path = typer.Argument(Path("configs/sweeps/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+) -> None:
+    """Search the keys in sweep.space with Ray Tune and Optuna; trials share one teacher.
+
+    Example: clinkd sweep configs/sweeps/tiny.yaml sweep.trials=8
+    """
+    from clinkd.config import load_config
+    from clinkd.tune.sweep import sweep as search
+    from clinkd.tune.sweep import table
+
+    typer.echo(table(search(load_config(path, overrides))))
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    run,
+    prepare,
+    train,
+    label,
+    predict,
+    evaluate,
+    sweep,
+    report,
+    validate,
+    config,
+)
 """Every command, in the order the help lists them; the name is the function's."""
 
 for _command in COMMANDS:

@@ -24,7 +24,7 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 EXTRA_CPUS = 2
-_started_here = False
+_started_here = _connected_here = False
 
 
 def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float = 1.0) -> None:
@@ -39,25 +39,33 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
     """
     import ray
 
+    global _connected_here
     if not ray.is_initialized():
+        _connected_here = True
         target = address or os.environ.get("RAY_ADDRESS") or "local"
         if target == "local":
             check_workers(workers, cpus_per_worker, real_cores())
             _start()
             return
         _join(target, "compute.address" if address else "RAY_ADDRESS")
-    cpus = real_cores() if _started_here else ray.cluster_resources().get("CPU", 0.0)
-    check_workers(workers, cpus_per_worker, cpus)
+    check_workers(workers, cpus_per_worker, usable_cpus())
+
+
+def usable_cpus() -> float:
+    """CPUs that training may count on: the real cores here, or all of the cluster's."""
+    import ray
+
+    return real_cores() if _started_here else ray.cluster_resources().get("CPU", 0.0)
 
 
 def disconnect() -> None:
-    """Leaves the cluster; ends a Ray that was started here."""
-    global _started_here
+    """Leaves a cluster that ``connect`` joined, and ends a Ray that it started; one that was there stays."""
+    global _started_here, _connected_here
     import ray
 
-    if ray.is_initialized():
+    if _connected_here and ray.is_initialized():
         ray.shutdown()
-    _started_here = False
+    _started_here = _connected_here = False
 
 
 def check_workers(workers: int, cpus_per_worker: float, cpus: float) -> None:

@@ -123,7 +123,7 @@ class RopeSection(Section):
     alpha_h: float = Field(1.0, gt=0)
     alpha_w: float = Field(1.0, gt=0)
     gamma: float = Field(0.0, ge=0, description="strength of the Med-CLIP guidance; 0 switches it off")
-    mode: Literal["none", "pair", "patch"] = "pair"
+    mode: Literal["none", "pair"] = "pair"
 
 
 class GuideSection(Section):
@@ -240,7 +240,7 @@ class SweepSection(Section):
 
     trials: int = Field(4, ge=1)
     metric: str = Field(
-        "score", description="what to maximise: score (mean of vg, roc, mbmr of rc and mia), vg, roc"
+        "score", description="what to maximise: score (mean of vg and roc), vg (Recall@0.5) or roc (recall)"
     )
     space: dict[str, ParameterSpace] = {}
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
@@ -76,15 +76,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig) -> Iterator[Run]:
-    """A run's folder, progress and store; Ray is left at the end if it was started here."""
+def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
+    """A run's folder, progress (shown on ``stream``) and store; a Ray that was started here ends with it."""
     from clinkd import cluster
 
     check_inputs(config)
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", to_yaml(config))
-    with Progress(folder / "metrics.jsonl") as progress:
+    with Progress(folder / "metrics.jsonl", stream=stream) as progress:
         run = Run(config, progress, Store(Path(config.run.root) / "artifacts", progress.say))
         try:
             yield run

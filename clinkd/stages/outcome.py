@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
     from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
 
     options, data = run.config.evaluate, run.done["prepare"].path
-    total = sum(1 for _ in samples(data, "test"))
+    chosen, total = _chosen(samples(data, "test"), options.limit)
     if not total:
         raise ConfigError("data.test_fraction: no test sample was left by the split; raise it or add cases")
     spec = PredictSpec(
@@ -55,7 +56,7 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
         alignment=alignment(run, run.config.rope),
     )  # fmt: skip
     rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
-        expr=col("split") == "test"
+        expr=col("id").is_in(chosen)
     )
     run.progress.start("evaluate", total)
     found = []
@@ -63,6 +64,19 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
         found.append(row)
         run.progress.update(len(found), record=False)
     return write_predictions(found, out)
+
+
+def _chosen(samples: Iterable[dict[str, Any]], limit: int | None) -> tuple[list[str], int]:
+    """Record ids to evaluate, whole records in order until ``limit`` samples, and how many these are."""
+    records: list[str] = []
+    total = 0
+    for sample in samples:
+        if not records or sample["id"] != records[-1]:
+            if limit is not None and total >= limit:
+                break
+            records.append(sample["id"])
+        total += 1
+    return records, total
 
 
 def score(
@@ -129,3 +143,32 @@ def _feedback(run: Run) -> list[dict[str, Any]]:
         for path in paths
         for row in pq.read_table(path).to_pylist()
     ]
+
+
+def keep_model(run: Run, stage: str) -> None:
+    """The trained student as a plain Hugging Face folder beside the report."""
+    source, target = run.done[stage].path / "model", run.folder / "model"
+    mark = run.folder / "model.fingerprint"
+    if target.is_dir() and mark.is_file() and mark.read_text() == run.done[stage].fingerprint:
+        return
+    unfinished = run.folder / ".model.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+    write_whole(mark, run.done[stage].fingerprint)
+
+
+def predict_folder(
+    checkpoint: Path, data: Path, out: Path, split: str, batch_size: int, max_new_tokens: int
+) -> int:
+    """Answers of any checkpoint to any prepared data; returns their number."""
+    import ray.data
+    from ray.data.expressions import col
+
+    from clinkd.data.shards import shard_paths
+    from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
+
+    rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(expr=col("split") == split)
+    spec = PredictSpec(str(checkpoint.resolve()), batch_size, max_new_tokens)
+    return len(write_predictions(predict(rows, spec, actors=2), out))
