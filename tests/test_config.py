@@ -68,3 +68,16 @@ def test_a_swept_value_is_checked() -> None:
 def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError):
         load_config(write(tmp_path, "run: {name: a}\n"), [override])
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml")), ids=str)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    from clinkd.tune.space import check_space
+
+    config = load_config(path)
+    if path.parent.name == "sweeps":
+        check_space(config)
+    if path.stem.startswith("qwen2_vl"):  # the released recipe
+        optim = config.distill.optim
+        assert (optim.batch_size, optim.accumulation, optim.lr, optim.epochs) == (2, 8, 5e-5, 3)
+        assert (config.compute.zero_stage, config.compute.precision) == (3, "bf16")

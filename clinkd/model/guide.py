@@ -5,10 +5,11 @@ Decisions:
   model's own token
   embeddings, pooled with learnt weights: what the guide learns is where the teacher starts, as
   Qwen2-VL's own tower began as a CLIP's.
-- It is trained on (region, phrase) pairs: every merged patch against every phrase, sigmoid loss
-  (SigLIP's), so a patch may belong to several phrases or to none.
+- It is trained on (region, phrase) pairs, patch by patch. Phrases are compared after a fixed rotation of the
+  embedding space: the answering model's first keys start as its queries behind that rotation
+  (``presets``), so a word looks for patches that show it, and not for itself.
 - Patches of a region also tell its box, through the embeddings of the numbers that write it: a feature
-  then carries what a grounded answer has to say, in the space in which the language model says it.
+  carries what a grounded answer has to say, in the space in which the language model says it.
 - The score of (image, text) is the largest patch probability, calibrated to [0, 1] by temperature and
   bias on the training pairs.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
+from clinkd.model.presets import rotation
 
 WEIGHTS, SETTINGS = "guide.safetensors", "guide.json"
 
@@ -36,21 +38,17 @@ class Guide(nn.Module):
         model: the answering model, whose vision tower, merger and token embeddings are used (not copied).
     """
 
+    rotation: Tensor
+
     def __init__(self, model: ClinKDForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
         width = model.config.text_config.hidden_size
+        self.register_buffer("rotation", rotation(width), persistent=False)
         self.weigh = nn.Linear(width, 1)  # which tokens of a phrase matter
-        self.text = nn.Linear(width, width)
-        self.image = nn.Linear(width, width)
-        for layer in (
-            self.text,
-            self.image,
-        ):  # near the identity: the embedding space is to be the shared one
-            nn.init.eye_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.numbers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
-        self.scale = nn.Parameter(torch.tensor([2.3]))  # log; DeepSpeed wants no scalars
+        nn.init.zeros_(self.weigh.weight)
+        self.heads = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
+        self.scale = nn.Parameter(torch.tensor([2.5]))  # log; DeepSpeed wants no scalars
         self.bias = nn.Parameter(torch.tensor([-4.0]))
 
     def patches(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
@@ -59,19 +57,24 @@ class Guide(nn.Module):
         return torch.cat(tuple(parts))
 
     def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Texts [P, L] of token ids (mask 1 = token) to unit vectors [P, H]."""
+        """Texts [P, L] of token ids (mask 1 = token) to unit vectors [P, H] in the rotated space."""
         tokens = self.model.get_input_embeddings()(ids)
         weights = self.weigh(tokens).squeeze(-1).masked_fill(mask == 0, float("-inf")).softmax(-1)
-        return F.normalize(self.text((weights[..., None] * tokens).sum(1)), dim=-1)
+        return F.normalize((weights[..., None] * tokens).sum(1) @ self.rotation.T, dim=-1)
 
     def logits(self, patches: Tensor, phrases: Tensor) -> Tensor:
         """[patches, P] logits of "this patch shows that"."""
-        return F.normalize(self.image(patches), dim=-1) @ phrases.T * self.scale.exp() + self.bias
+        return F.normalize(patches, dim=-1) @ phrases.T * self.scale.exp() + self.bias
 
     def number_logits(self, patches: Tensor) -> Tensor:
         """[4, patches, V]: tokens of x1, y1, x2, y2 of the region a patch belongs to."""
         table = self.model.get_input_embeddings().weight
-        return torch.stack([layer(patches) @ table.T for layer in self.numbers])
+        return torch.stack([head(patches) @ table.T for head in self.heads])
+
+    def bag_logits(self, patches: Tensor) -> Tensor:
+        """[patches, V]: tokens that speak of a patch, read in the rotated space."""
+        table: Any = self.model.get_input_embeddings().weight
+        return patches @ self.rotation @ table.T
 
 
 def image_scores(logits: Tensor, counts: Sequence[int]) -> Tensor:

@@ -158,6 +158,44 @@ def write_new_model(texts: Iterable[str], size: TinySize, out: Path, *, vocab_si
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(tiny_config(size, tokenizer))
+        smooth_numbers(model, tokenizer)
+        match_images(model)
     image_processor(size).save_pretrained(out)
     model.save_pretrained(out)
     return out
+
+
+def rotation(width: int) -> Any:
+    """The fixed orthogonal [width, width] between words and the patches that show them (model/guide.py)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+
+
+def smooth_numbers(model: Any, tokenizer: Any, bandwidth: float = 0.1) -> None:
+    """Embeddings of whole numbers start on a smooth curve: random Fourier features of number / 1000.
+
+    Near coordinates then begin alike, so what is learnt of one serves its neighbours (Rahimi and Recht,
+    2007).
+    """
+    import torch
+
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    found = [(index, int(token)) for index, token in enumerate(tokens) if token.isascii() and token.isdigit()]
+    if not found:
+        return
+    table = model.get_input_embeddings().weight.data
+    index, value = (torch.tensor(column) for column in zip(*found, strict=True))
+    rate, phase = torch.randn(table.shape[1]) / bandwidth, torch.rand(table.shape[1]) * 2 * torch.pi
+    waves = torch.cos(value[:, None] / 1000 * rate + phase)
+    table[index] = waves * table.std() * 2**0.5
+
+
+def match_images(model: Any, gain: float = 1.5) -> None:
+    """First keys start as the queries behind ``rotation``: a word attends to the patches that show it."""
+    attention = model.model.language_model.layers[0].self_attn
+    attention.q_proj.weight.data *= gain
+    attention.k_proj.weight.data.copy_(
+        attention.q_proj.weight.data @ rotation(model.config.text_config.hidden_size).T
+    )

@@ -93,7 +93,9 @@ def alignment(run: Run, rope: RopeSection) -> dict[str, float]:
     return dict(zip(table.column("sample").to_pylist(), table.column("alignment").to_pylist(), strict=True))
 
 
-def vqa_spec(run: Run, start: Path, rope: RopeSection, *, train_vision: bool) -> VqaSpec:
+def vqa_spec(
+    run: Run, start: Path, rope: RopeSection, *, train_vision: bool, grounding_weight: float = 1.0
+) -> VqaSpec:
     """How a stage trains the model in ``start``."""
     from clinkd.train.tasks import VqaSpec
 
@@ -101,4 +103,5 @@ def vqa_spec(run: Run, start: Path, rope: RopeSection, *, train_vision: bool) ->
         model=str(start.resolve()), guidance=guidance(rope), train_vision=train_vision,
         dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
         gradient_checkpointing=run.config.compute.gradient_checkpointing, alignment=alignment(run, rope),
+        grounding_weight=grounding_weight,
     )  # fmt: skip

@@ -42,7 +42,10 @@ def teacher(run: Run) -> Artifact:
 
         zero = compute.zero_stage if compute.teacher_zero_stage is None else compute.teacher_zero_stage
         start = run.done["guide"].path / "model"
-        spec = vqa_spec(run, start, teacher_rope(), train_vision=config.teacher.train_vision)
+        spec = vqa_spec(
+            run, start, teacher_rope(), train_vision=config.teacher.train_vision,
+            grounding_weight=optim.grounding_weight,
+        )  # fmt: skip
         return train(
             run, draft, "teacher", optim, zero,
             lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),

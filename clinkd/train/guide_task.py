@@ -1,14 +1,18 @@
 """What the guide trains on: the regions of an image and the phrases that speak of them.
 
 Decisions:
-- A class name (ROC's answer) is held against the patches of all images in the batch; a longer text only
-  against those of its own image, since other images may well show what it asks for.
-- A patch belongs to a region that covers at least 40% of it.
+- A class name (ROC's answer) is held against all class names of the batch, at the patches of its
+  region. A longer
+  text (VG's question, RC's answer) is held against the patches of its own image: others may well show
+  the same.
+- A patch belongs to the region that covers most of it, at least 30%; a region that covers no patch so
+  far has the one it covers most.
+- A patch also learns its region's box: each coordinate through a head of its own, and all four as a
+  bag, in the rotated embedding space that the answering model's keys start in.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +21,90 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clinkd.data.records import Box
-from clinkd.data.regions import coverage, region_pairs
+from clinkd.data.regions import Pair, coverage, region_pairs
 from clinkd.model.guide import Guide
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import SupervisedTask
 
-COVER = 0.4
+COVER = 0.3
+TEXT_WEIGHT, HEADS_WEIGHT, BAG_WEIGHT = 0.1, 1.0, 0.5
 
 
 class GuideLoss(nn.Module):
-    """Patch-phrase contrast and the numbers of the patches' boxes; sums over positive patches."""
+    """Sums over a batch's patches that lie in regions (see the file's decisions)."""
 
-    def __init__(self, guide: Guide, number_weight: float) -> None:
+    def __init__(self, guide: Guide) -> None:
         super().__init__()
-        self.guide, self.number_weight = guide, number_weight
+        self.guide = guide
 
     def forward(
         self, pixel_values: Tensor, image_grid_thw: Tensor, phrase_ids: Tensor, phrase_mask: Tensor,
-        labels: Tensor, known: Tensor, numbers: Tensor, regions: Tensor,
+        names: Tensor, regions: Tensor, owners: Tensor, numbers: Tensor, labels: Tensor, known: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """labels, known: [patches, P] 0/1; regions: [R] patches with a box; numbers: [4, R] its token ids."""
+        """Sums of the losses.
+
+        Args:
+            phrase_ids, phrase_mask: [P, L]. names: [K] which phrases are class names.
+            regions: [R] patches in regions; owners: [R] the name of each, as an index into ``names``,
+            -1 without one. numbers: [R, 4] tokens of their boxes' coordinates.
+            labels, known: [patches, P] which phrase speaks of which patch, and where that is known.
+        """
         patches = self.guide.patches(pixel_values, image_grid_thw)
         logits = self.guide.logits(patches, self.guide.phrases(phrase_ids, phrase_mask))
-        contrast = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * known).sum()
-        found = self.guide.number_logits(patches[regions]).flatten(0, 1)
-        boxes = F.cross_entropy(found, numbers.flatten(), reduction="sum") / 4
-        return {"loss": contrast + self.number_weight * boxes, "contrast": contrast, "boxes": boxes}
-
-
-@dataclass(frozen=True)
-class GuideOptions:
-    number_weight: float = 1.0
+        named = logits[regions][:, names]
+        name = (
+            F.cross_entropy(named, owners, ignore_index=-1, reduction="sum")
+            if len(names)
+            else logits.sum() * 0
+        )
+        text = (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * known).sum()
+        heads = self.guide.number_logits(patches[regions])
+        boxes = F.cross_entropy(heads.flatten(0, 1), numbers.T.flatten(), reduction="sum") / 4
+        bag = -self.guide.bag_logits(patches[regions]).log_softmax(-1).gather(1, numbers).mean(1).sum()
+        loss = name + TEXT_WEIGHT * text + HEADS_WEIGHT * boxes + BAG_WEIGHT * bag
+        return {"loss": loss, "name": name, "boxes": boxes, "bag": bag, "text": text}
 
 
 class GuideTask(SupervisedTask):
     """Whole records: every region of an image with every phrase."""
 
-    options = GuideOptions()
-
     def build(self) -> nn.Module:
         model = self.load()
         # The text layers and the head take no part; frozen, they cost the optimiser nothing.
         model.requires_grad_(False)
-        model.model.visual.requires_grad_(True)
-        model.get_input_embeddings().weight.requires_grad_(True)
-        return GuideLoss(Guide(model), self.options.number_weight)
+        if self.spec.train_vision:
+            model.model.visual.requires_grad_(True)
+            model.get_input_embeddings().weight.requires_grad_(True)
+        return GuideLoss(Guide(model))
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         records = list(dict.fromkeys(record for record, _ in groups))
-        pairs = {record: region_pairs(self.table.turns(record)) for record in records}
-        texts = list(dict.fromkeys(pair.phrase for record in records for pair in pairs[record]))
-        names = {pair.phrase for record in records for pair in pairs[record] if pair.name}
-        labels, known, numbers, regions, offset = [], [], [], [], 0
-        for record in records:
-            _, rows, columns = (self.images[record][1] // torch.tensor([1, 2, 2])).tolist()
-            label = np.zeros((rows * columns, len(texts)), np.float32)
-            own = np.array([text in names for text in texts], np.float32)
-            boxed = np.zeros(rows * columns, np.float32)
-            corners: list[Box | None] = [None] * (rows * columns)
-            for pair in pairs[record]:
-                column = texts.index(pair.phrase)
-                own[column] = 1
-                for box in pair.boxes:
-                    share = coverage((box,), rows, columns)
-                    label[:, column] = np.maximum(label[:, column], share >= COVER)
-                    for patch in map(int, np.flatnonzero((share >= COVER) & (share > boxed))):
-                        boxed[patch], corners[int(patch)] = share[patch], box
-            labels.append(label)
-            known.append(np.repeat(own[None], rows * columns, 0))
-            for patch, corner in enumerate(corners):
-                if corner is not None:
-                    numbers.append([self._number(value) for value in corner])
-                    regions.append(offset + patch)
-            offset += rows * columns
+        pairs = [region_pairs(self.table.turns(record)) for record in records]
+        texts = list(dict.fromkeys(pair.phrase for found in pairs for pair in found))
+        names = list(dict.fromkeys(pair.phrase for found in pairs for pair in found if pair.name))
+        grids = [(self.images[record][1] // torch.tensor([1, 2, 2])).tolist() for record in records]
+        targets = [_targets(found, texts, names, grid) for found, grid in zip(pairs, grids, strict=True)]
+        sizes = [rows * columns for _, rows, columns in grids]
+        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         inputs = self.pictures([(record, (0,)) for record in records])
         inputs.pop("image_index")
-        target = torch.from_numpy(np.concatenate(labels))
-        ids = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        ids = self.tokenizer([f" {text}" for text in texts] or [" "], padding=True, padding_side="right",
+                             return_tensors="pt")  # fmt: skip
+        owners = [owner for target in targets for owner in target["owners"]]
+        numbers = [[self._number(value) for value in box] for target in targets for box in target["boxes"]]
+        regions = [
+            int(at) + patch
+            for at, target in zip(offsets, targets, strict=True)
+            for patch in target["regions"]
+        ]
         inputs |= {
-            "phrase_ids": ids["input_ids"], "phrase_mask": ids["attention_mask"], "labels": target,
-            "known": torch.from_numpy(np.concatenate(known)),
-            "numbers": torch.tensor(numbers, dtype=torch.long).reshape(-1, 4).T.contiguous(),
+            "phrase_ids": ids["input_ids"], "phrase_mask": ids["attention_mask"],
+            "names": torch.tensor([texts.index(name) for name in names], dtype=torch.long),
             "regions": torch.tensor(regions, dtype=torch.long),
+            "owners": torch.tensor(owners, dtype=torch.long),
+            "numbers": torch.tensor(numbers, dtype=torch.long).reshape(-1, 4),
+            "labels": torch.from_numpy(np.concatenate([target["labels"] for target in targets])),
+            "known": torch.from_numpy(np.concatenate([target["known"] for target in targets])),
         }  # fmt: skip
         return inputs, max(1, len(regions))
 
@@ -119,3 +124,27 @@ class GuideTask(SupervisedTask):
         guide.load_state_dict(own)
         save_model(model, self.tokenizer, self.processor, out)
         save_guide(guide, out, {"cover": COVER})
+
+
+def _targets(pairs: list[Pair], texts: list[str], names: list[str], grid: list[int]) -> dict[str, Any]:
+    """One image: its patches in regions with owner and box, and its long texts' patches."""
+    _, rows, columns = grid
+    labels = np.zeros((rows * columns, max(1, len(texts))), np.float32)
+    known, best = np.zeros_like(labels), np.zeros(rows * columns, np.float32)
+    found: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for pair in pairs:
+        for box in pair.boxes:
+            share = coverage((box,), rows, columns)
+            mine = share >= min(COVER, share.max())
+            if pair.name:
+                for patch in np.flatnonzero(mine & (share > best)).tolist():
+                    best[patch], found[patch] = share[patch], (names.index(pair.phrase), box)
+            else:
+                labels[mine, texts.index(pair.phrase)] = 1
+        if not pair.name:
+            known[:, texts.index(pair.phrase)] = 1
+    ordered = sorted(found.items())
+    return {
+        "regions": [patch for patch, _ in ordered], "owners": [owner for _, (owner, _) in ordered],
+        "boxes": [box for _, (_, box) in ordered], "labels": labels, "known": known,
+    }  # fmt: skip

@@ -38,6 +38,7 @@ class VqaSpec:
     dtype: str = "float32"
     chunk_size: int = 1024
     gradient_checkpointing: bool = False
+    grounding_weight: float = 1.0
     alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
 
 
@@ -61,9 +62,15 @@ class ImageStore:
 class AnswerLoss(nn.Module):
     """Cross-entropy of a model's answers, as a sum over the batch's answer tokens."""
 
-    def __init__(self, model: ClinKDForConditionalGeneration, chunk_size: int, zero3: bool = False) -> None:
+    def __init__(
+        self,
+        model: ClinKDForConditionalGeneration,
+        chunk_size: int,
+        zero3: bool = False,
+        grounding_weight: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.chunk_size = model, chunk_size
+        self.model, self.chunk_size, self.grounding_weight = model, chunk_size, grounding_weight
         if zero3:
             import deepspeed
 
@@ -75,12 +82,19 @@ class AnswerLoss(nn.Module):
         chosen = labels[:, 1:] != -100
         return states[chosen], labels[:, 1:][chosen]
 
-    def forward(self, labels: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the tokens."""
+        weight = self.model.lm_head.weight
+        return answer_loss(hidden, weight, targets, chunk_size=self.chunk_size, normalizer=1.0)
+
+    def forward(self, labels: Tensor, grounded: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """``grounded`` [B, L]: the answer tokens that weigh ``grounding_weight``."""
         hidden, targets = self.hidden(labels, **inputs)
-        ce = answer_loss(
-            hidden, self.model.lm_head.weight, targets, chunk_size=self.chunk_size, normalizer=1.0
-        )
-        return {"loss": ce, "ce": ce}
+        ce = loss = self.cross_entropy(hidden, targets)
+        if grounded is not None:
+            heavy = grounded[:, 1:][labels[:, 1:] != -100]
+            loss = ce + (self.grounding_weight - 1) * self.cross_entropy(hidden[heavy], targets[heavy])
+        return {"loss": loss, "ce": ce}
 
 
 class SupervisedTask:
@@ -97,6 +111,10 @@ class SupervisedTask:
         self.images = ImageStore(self.table, self.processor)
         self.ids = self.table.ids
         self._encoded: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        self.numbers = torch.tensor(
+            [at for at, text in enumerate(tokens) if text.isascii() and text.isdigit()]
+        )
 
     def turn_counts(self) -> Sequence[int]:
         return self.table.turn_counts()
@@ -110,7 +128,7 @@ class SupervisedTask:
         return model
 
     def build(self) -> nn.Module:
-        return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3)
+        return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3, self.spec.grounding_weight)
 
     def encoded(self, record: int, turn: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one turn."""
@@ -132,7 +150,17 @@ class SupervisedTask:
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         if self.spec.guidance.guided == "pair":
             inputs["alignment"] = torch.tensor([[self.spec.alignment[name]] for name in names])
+        if self.spec.grounding_weight != 1:
+            tasks = [self.table.turns(record)[turn]["task"] for record, turns in groups for turn in turns]
+            inputs["grounded"] = self.grounded(inputs["labels"], tasks)
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())
+
+    def grounded(self, labels: Tensor, tasks: Sequence[str]) -> Tensor:
+        """[B, L]: coordinates (whole numbers between box tokens) and all of a class name's answer."""
+        start, end = (self.tokenizer.convert_tokens_to_ids(f"<|box_{side}|>") for side in ("start", "end"))
+        inside = labels.eq(start).cumsum(1) > labels.eq(end).cumsum(1)
+        names = torch.tensor([task == "roc" for task in tasks])[:, None] & labels.ne(-100)
+        return (inside & torch.isin(labels, self.numbers)) | names
 
     def pictures(self, groups: list[Group]) -> dict[str, Tensor]:
         """Pixel values and grids of the distinct images, and which image each row asks about."""
