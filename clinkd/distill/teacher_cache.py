@@ -27,7 +27,7 @@ class LabelSpec:
     """What a labelling actor needs; travels by value."""
 
     model: str  # the teacher's Hugging Face folder
-    batch_size: int = 32
+    batch_size: int = 64  # turns in one pass
     chunk_size: int = 1024
     max_new_tokens: int = 64
     threads: int = 1
@@ -61,82 +61,99 @@ class Labeller:
         self.processor = AutoImageProcessor.from_pretrained(spec.model)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Ray Data's batch of records to one row per sample."""
         from clinkd.data.ingest import decode
 
-        rows: list[dict[str, Any]] = []
-        for record in range(len(batch["id"])):
-            picture = self.processor(images=decode(bytes(batch["png"][record])), return_tensors="pt")
-            rows += self._label_record(batch["id"][record], list(batch["turns"][record]), picture)
+        pictures = [self.processor(images=decode(bytes(png)), return_tensors="pt") for png in batch["png"]]
+        asked = [
+            _Asked(sample_id(record, number), row, turn)
+            for row, (record, turns) in enumerate(zip(batch["id"], batch["turns"], strict=True))
+            for number, turn in enumerate(turns)
+        ]
+        self._answer([item for item in asked if self._unseen(item)], pictures)
+        found: list[dict[str, Any]] = []
+        for at in range(0, len(asked), self.spec.batch_size):
+            found += self._states(asked[at : at + self.spec.batch_size], pictures)
         keys = ("sample", "task", "answer", "source", "tokens", "hidden", "p1", "margin")
-        return {key: [row[key] for row in rows] for key in keys}
+        return {key: [row[key] for row in found] for key in keys}
 
-    def _label_record(self, record: str, turns: list[dict[str, Any]], picture: Any) -> list[dict[str, Any]]:
+    def _unseen(self, item: _Asked) -> bool:
+        return not item.turn["trusted"] or is_hidden(item.name, self.spec.hidden_share, self.spec.seed)
+
+    def _encode(self, item: _Asked, pictures: list[Any], answer: str) -> tuple[list[int], list[int]]:
         from clinkd.model.chat import encode
 
-        tokens = int(picture["image_grid_thw"][0].prod()) // self.processor.merge_size**2
-        names = [sample_id(record, number) for number in range(len(turns))]
-        unseen = [
-            not turn["trusted"] or is_hidden(name, self.spec.hidden_share, self.spec.seed)
-            for name, turn in zip(names, turns, strict=True)
-        ]
-        answers = self._answers(turns, unseen, picture, tokens)
-        pairs = [
-            encode(self.tokenizer, turn["question"], answer, tokens)
-            for turn, answer in zip(turns, answers, strict=True)
-        ]
-        labelled = self._states(pairs, picture)
-        return [
-            {"sample": name, "task": turn["task"], "answer": answer, "tokens": len(pair[1]),
-             "source": "teacher" if hidden else "truth", **states}
-            for name, turn, answer, hidden, pair, states in zip(
-                names, turns, answers, unseen, pairs, labelled, strict=True
-            )
-        ]  # fmt: skip
+        tokens = int(pictures[item.row]["image_grid_thw"][0].prod()) // self.processor.merge_size**2
+        return encode(self.tokenizer, item.turn["question"], answer, tokens)
 
-    def _answers(self, turns: list[Any], unseen: list[bool], picture: Any, tokens: int) -> list[str]:
-        """The truth where the student may see it, the teacher's greedy answer elsewhere."""
-        from clinkd.model.chat import encode
+    def _answer(self, items: list[_Asked], pictures: list[Any]) -> None:
+        """Greedy answers of the teacher in place of the truth, batches of like length."""
         from clinkd.model.generate import generate_answers
 
-        wanted = [index for index, hidden in enumerate(unseen) if hidden]
-        answers = [turn["answer"] for turn in turns]
-        if wanted:
-            device = self.model.device
+        items = sorted(items, key=lambda item: len(item.turn["question"]))
+        for at in range(0, len(items), self.spec.batch_size):
+            part = items[at : at + self.spec.batch_size]
+            images = _images(part, pictures)
+            prompts = [self._encode(item, pictures, "")[0] for item in part]
             found = generate_answers(
-                self.model, self.tokenizer,
-                [encode(self.tokenizer, turns[index]["question"], "", tokens)[0] for index in wanted],
-                picture["pixel_values"].to(device), picture["image_grid_thw"].to(device), [0] * len(wanted),
-                max_new_tokens=self.spec.max_new_tokens,
-            )  # fmt: skip
-            for index, texts in zip(wanted, found, strict=True):
-                answers[index] = texts[0]
-        return answers
+                self.model, self.tokenizer, prompts, **images, max_new_tokens=self.spec.max_new_tokens
+            )
+            for item, texts in zip(part, found, strict=True):
+                item.answer, item.source = texts[0], "teacher"
 
-    def _states(self, pairs: list[tuple[list[int], list[int]]], picture: Any) -> list[dict[str, Any]]:
+    def _states(self, items: list[_Asked], pictures: list[Any]) -> list[dict[str, Any]]:
         import torch
 
         from clinkd.distill.losses import confidence_margin
         from clinkd.model.chat import collate
 
+        pairs = [self._encode(item, pictures, item.answer) for item in items]
         batch, device = collate(pairs, self.tokenizer.pad_token_id), self.model.device
+        inputs = {key: value.to(device) for key, value in _images(items, pictures).items()}
         with torch.inference_mode():
             hidden = self.model.forward_hidden(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
-                image_grid_thw=picture["image_grid_thw"].to(device),
-                pixel_values=picture["pixel_values"].to(device),
-                image_index=torch.zeros(len(pairs), dtype=torch.long),
-            )  # fmt: skip
-            found = []
-            for row, labels in zip(hidden[:, :-1], batch["labels"][:, 1:].to(device) != -100, strict=True):
-                states = row[labels]
-                p1, margin, _ = confidence_margin(
-                    states, self.model.lm_head.weight, chunk_size=self.spec.chunk_size
-                )
-                found.append(
-                    {"hidden": states.to(torch.float16).cpu().numpy().tobytes(), "p1": float(p1.mean()),
-                     "margin": float(margin.mean())}
-                )  # fmt: skip
-        return found
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                **inputs,
+            )[:, :-1]
+            chosen = (batch["labels"][:, 1:] != -100).to(device)
+            p1, margin, _ = confidence_margin(
+                hidden[chosen], self.model.lm_head.weight, chunk_size=self.spec.chunk_size
+            )
+        counts = chosen.sum(1).tolist()
+        parts = zip(items, *(part.split(counts) for part in (hidden[chosen], p1, margin)), strict=True)
+        return [
+            {"sample": item.name, "task": item.turn["task"], "answer": item.answer, "source": item.source,
+             "tokens": len(states), "hidden": states.to(torch.float16).cpu().numpy().tobytes(),
+             "p1": float(sure.mean()), "margin": float(ahead.mean())}
+            for item, states, sure, ahead in parts
+        ]  # fmt: skip
+
+
+@dataclass
+class _Asked:
+    """A turn on its way through the teacher; ``row`` is its record's place in the batch."""
+
+    name: str
+    row: int
+    turn: dict[str, Any]
+    answer: str = ""
+    source: str = "truth"
+
+    def __post_init__(self) -> None:
+        self.answer = self.turn["answer"]
+
+
+def _images(items: list[_Asked], pictures: list[Any]) -> dict[str, Any]:
+    """The distinct images of some turns, and which of them each turn asks about."""
+    import torch
+
+    rows = list(dict.fromkeys(item.row for item in items))
+    return {
+        "pixel_values": torch.cat([pictures[row]["pixel_values"] for row in rows]),
+        "image_grid_thw": torch.cat([pictures[row]["image_grid_thw"] for row in rows]),
+        "image_index": torch.tensor([rows.index(item.row) for item in items]),
+    }
 
 
 def write_head(model: Path, out: Path) -> None:

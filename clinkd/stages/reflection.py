@@ -16,7 +16,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.base import Run, write_whole
 from clinkd.stages.models import alignment, teacher_folder, vqa_spec
-from clinkd.stages.training import train
+from clinkd.stages.training import train, turn_counts
 
 
 def reflect(run: Run) -> Artifact:
@@ -85,13 +85,11 @@ def _answers(run: Run, path: Path, model: Path, number: int) -> list[dict[str, A
     import ray.data
     from ray.data.expressions import col
 
-    from clinkd.data.shards import samples, shard_paths
+    from clinkd.data.shards import shard_paths
     from clinkd.evaluate.predict import PredictSpec, predict
     from clinkd.reflect.rounds import choose_records
 
-    turns: dict[str, int] = {}
-    for sample in samples(run.done["prepare"].path, "train"):
-        turns[sample["id"]] = turns.get(sample["id"], 0) + 1
+    turns = turn_counts(run)
     chosen = choose_records(list(turns.items()), run.config.reflect.samples, run.config.run.seed, number)
     total = sum(turns[record] for record in chosen)
     rows = ray.data.read_parquet([str(shard) for shard in shard_paths(run.done["prepare"].path)])

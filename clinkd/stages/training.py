@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, OptimSection
 from clinkd.progress import tail_metrics
@@ -67,7 +69,10 @@ def _given_teacher(run: Run, path: Path) -> Artifact:
 def label(run: Run) -> Artifact:
     """The teacher asked once about every training sample: answers, confidence, states."""
     config = run.config
-    settings = {"unlabelled_share": config.distill.unlabelled_share, "seed": config.run.seed}
+    settings = {
+        "unlabelled_share": config.distill.unlabelled_share, "share": config.distill.share,
+        "seed": config.run.seed,
+    }  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         import pyarrow as pa
@@ -75,21 +80,22 @@ def label(run: Run) -> Artifact:
         import ray.data
         from ray.data.expressions import col
 
-        from clinkd.data.shards import samples, shard_paths
+        from clinkd.data.shards import shard_paths
         from clinkd.distill.teacher_cache import Labeller, LabelSpec, write_head
 
         data, model = run.done["prepare"].path, teacher_folder(run)
-        total = sum(1 for _ in samples(data, "train"))
-        run.progress.start("label", total)
+        turns = turn_counts(run)
+        chosen = share_of(list(turns), config.distill.share, config.run.seed)
+        run.progress.start("label", sum(turns[record] for record in chosen))
         rows = ray.data.read_parquet([str(path) for path in shard_paths(data)])
-        labelled = rows.filter(expr=col("split") == "train").map_batches(
+        labelled = rows.filter(expr=col("id").is_in(chosen)).map_batches(
             Labeller,
             fn_constructor_args=(
                 LabelSpec(
                     str(model.resolve()), hidden_share=config.distill.unlabelled_share, seed=config.run.seed
                 ),
             ),
-            batch_size=16,
+            batch_size=32,
             compute=ray.data.ActorPoolStrategy(size=config.compute.actors),
             num_cpus=0.5,
         )
@@ -128,6 +134,7 @@ def distill(run: Run) -> Artifact:
         return train(
             run, draft, "distill", options.optim, zero,
             lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
+            records=share_of(list(turn_counts(run)), options.share, config.run.seed),
         )  # fmt: skip
 
     return run.stage("distill", ["prepare", "guide", "teacher", "label"], settings, make)
@@ -141,30 +148,30 @@ def train(
     zero_stage: int,
     make_task: Callable[[Any, Path], Any],
     out: Path | None = None,
+    records: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Trains one stage on the training split, its progress followed from the workers' metrics."""
+    """Trains one stage on the training split, or ``records`` of it; progress comes from the workers' metrics."""
     import ray.data
     from ray.data.expressions import col
 
-    from clinkd.data.shards import samples, shard_paths
+    from clinkd.data.shards import shard_paths
     from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob, fit
 
     out = out or draft.path
     data = run.done["prepare"].path
-    per_record: dict[str, int] = {}
-    for sample in samples(data, "train"):
-        per_record[sample["id"]] = per_record.get(sample["id"], 0) + 1
-    if not per_record:
+    turns = turn_counts(run)
+    chosen = list(turns) if records is None else records
+    if not chosen:
         raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
-    ledger = Ledger(list(per_record.values()), optim.questions_per_image, 0)
+    ledger = Ledger([turns[record] for record in chosen], optim.questions_per_image, 0)
     steps = steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=steps, seed=run.config.run.seed, out=str(out.resolve()),
     )  # fmt: skip
     rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
-        expr=col("split") == "train"
+        expr=(col("split") == "train") if records is None else col("id").is_in(records)
     )
     run.progress.start(stage, steps)
     stop = threading.Event()
@@ -176,4 +183,21 @@ def train(
         follower.join()
     run.progress.finish()
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return {"steps": steps, "loss": json.loads(lines[-1])["loss"], "records": len(per_record)}
+    return {"steps": steps, "loss": json.loads(lines[-1])["loss"], "records": len(chosen)}
+
+
+def turn_counts(run: Run) -> dict[str, int]:
+    """Turns of each training record."""
+    from clinkd.data.shards import samples
+
+    turns: dict[str, int] = {}
+    for sample in samples(run.done["prepare"].path, "train"):
+        turns[sample["id"]] = turns.get(sample["id"], 0) + 1
+    return turns
+
+
+def share_of(records: list[str], share: float, seed: int) -> list[str]:
+    """A share of the records (at least one), the same for the same seed, in their order."""
+    count = max(1, round(share * len(records)))
+    chosen = np.random.default_rng(seed).permutation(len(records))[:count]
+    return [records[index] for index in sorted(chosen.tolist())]

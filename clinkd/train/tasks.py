@@ -157,7 +157,8 @@ class SupervisedTask:
 
     def grounded(self, labels: Tensor, tasks: Sequence[str]) -> Tensor:
         """[B, L]: coordinates (whole numbers between box tokens) and all of a class name's answer."""
-        start, end = (self.tokenizer.convert_tokens_to_ids(f"<|box_{side}|>") for side in ("start", "end"))
+        sides: Any = self.tokenizer.convert_tokens_to_ids(["<|box_start|>", "<|box_end|>"])
+        start, end = sides
         inside = labels.eq(start).cumsum(1) > labels.eq(end).cumsum(1)
         names = torch.tensor([task == "roc" for task in tasks])[:, None] & labels.ne(-100)
         return (inside & torch.isin(labels, self.numbers)) | names
