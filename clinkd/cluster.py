@@ -13,11 +13,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from pathlib import Path
 
 from clinkd.config import ConfigError
 
 TRAIN_ENV = {
+    # What Ray's core and transformers say on the way is no news; errors still arrive as such.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
     # Ray Train's controller looks every 2 s by default, and every report waits for that look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # The default of 60 s is short for workers that import torch and DeepSpeed on a busy machine.
@@ -110,6 +116,7 @@ def _quiet_data() -> None:
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    warnings.filterwarnings("ignore", module="ray.data")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -144,7 +144,8 @@ class Progress:
         total = "" if self._total is None else f"/{self._total}"
         done, spent = self._step - self._first, self._clock() - self._started
         left = ""
-        if self._total is not None and done > 0:
+        # The first steps carry a stage's start with them; what they promise is far off.
+        if self._total is not None and done > 0.01 * (self._total - self._first):
             left = f"{duration((self._total - self._step) * spent / done)} left"
         return ", ".join(
             filter(None, [f"{self._stage}: step {self._step}{total}", _numbers(self._numbers), left])

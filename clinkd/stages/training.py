@@ -150,7 +150,7 @@ def train(
     out: Path | None = None,
     records: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Trains one stage on the training split, or ``records`` of it; progress comes from the workers' metrics."""
+    """Trains one stage on the training split, or on ``records`` of it, and shows its progress."""
     import ray.data
     from ray.data.expressions import col
 
