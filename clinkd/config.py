@@ -143,6 +143,7 @@ class OptimSection(Section):
     batch_size: int = Field(8, ge=1, description="micro-batch of samples per worker")
     accumulation: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
+    vision_lr: float = Field(1.0, gt=0, description="learning rate of the vision tower as a multiple of lr")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.01, ge=0)

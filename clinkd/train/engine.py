@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,19 @@ def learning_rate(step: int, total: int, optim: OptimSection) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
+    """What trains, the vision tower (without its merger) at a learning rate of its own."""
+    tower: list[Any] = []
+    others: list[Any] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (tower if ".visual." in name and ".merger." not in name else others).append(parameter)
+    rates = ((others, optim.lr), (tower, optim.lr * optim.vision_lr))
+    return [{"params": group, "lr": rate} for group, rate in rates if group]
+
+
 def start_engine(
     module: Any,
-    parameters: Iterable[Any],
     optim: OptimSection,
     compute: ComputeSection,
     zero_stage: int,
@@ -94,7 +104,7 @@ def start_engine(
     curve: Callable[[int], float] = lambda step: learning_rate(step, total, optim)  # noqa: E731
     engine, *_ = deepspeed.initialize(
         model=module,
-        model_parameters=[parameter for parameter in parameters if parameter.requires_grad],
+        model_parameters=parameter_groups(module, optim),
         config=deepspeed_config(optim, compute, zero_stage),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, curve),
         dist_init_required=False,

@@ -82,10 +82,7 @@ class Worker:
 
         self.job, self.task, self.rank, self.world = job, task, rank, world
         self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
-        module = task.build()
-        self.engine = start_engine(
-            module, module.parameters(), job.optim, job.compute, job.zero_stage, job.steps
-        )
+        self.engine = start_engine(task.build(), job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.step = self.consumed = 0
 

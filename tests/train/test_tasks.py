@@ -1,4 +1,4 @@
-"""The answering stages with a real model: every ZeRO stage trains the same curve and saves a folder that loads."""
+"""The answering stages with a real model: every ZeRO stage trains the same curve, and what it saves loads."""
 
 import json
 from pathlib import Path
