@@ -78,12 +78,12 @@ def learning_rate(step: int, total: int, optim: OptimSection) -> float:
 
 
 def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
-    """What trains, the vision tower (without its merger) at a learning rate of its own."""
+    """What trains, the vision tower and its merger at a learning rate of their own."""
     tower: list[Any] = []
     others: list[Any] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (tower if ".visual." in name and ".merger." not in name else others).append(parameter)
+            (tower if ".visual." in name else others).append(parameter)
     rates = ((others, optim.lr), (tower, optim.lr * optim.vision_lr))
     return [{"params": group, "lr": rate} for group, rate in rates if group]
 
