@@ -148,10 +148,10 @@ class OptimSection(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
-    grounding_weight: float = Field(
+    coordinate_weight: float = Field(
         1.0,
         ge=1,
-        description="weight of coordinates and class names in the cross-entropy; other words weigh 1",
+        description="weight of a box's coordinates in the cross-entropy; other tokens weigh 1",
     )
     questions_per_image: int = Field(
         1, ge=1, description="questions that share one image (and its vision tower pass) in a batch"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,36 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: s
     assert failed.returncode == 2
     assert said in failed.stderr and "Traceback" not in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_killed_in_the_middle_of_distillation_it_goes_on(tmp_path: Path) -> None:
+    """kill -9 of the driver and all it started; the same command resumes from the last checkpoint."""
+    arguments = ["run", str(CONFIG), *SMALL, "distill.optim.steps=40", "reflect.rounds=0"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "clinkd", *arguments], cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    reached = wait_for_step(tmp_path / "runs" / "artifacts", 10, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert reached < 40
+
+    done = clinkd(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    metrics = next((tmp_path / "runs" / "artifacts").glob("distill-*/metrics.jsonl"))
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41))  # none twice, none missing
+    assert "skipped teacher" in done.stderr and "skipped distill" not in done.stderr
+
+
+def wait_for_step(artifacts: Path, step: int, process: subprocess.Popen) -> int:
+    """Waits until distillation has written this step's metrics; returns the step it is at."""
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in artifacts.glob("distill-*.partial/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            if len(lines) >= step:
+                return len(lines)
+        time.sleep(0.2)
+    raise AssertionError(f"distillation did not reach step {step} (exit code {process.poll()})")

@@ -46,7 +46,9 @@ class Scorer:
     def _phrases(self, texts: list[str]) -> Any:
         import torch
 
-        ids = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        # A leading space, as in training: the tokens of words inside a sentence.
+        spaced = [f" {text}" for text in texts]
+        ids = self.tokenizer(spaced, padding=True, padding_side="right", return_tensors="pt")
         with torch.inference_mode():
             return self.guide.phrases(ids["input_ids"], ids["attention_mask"])
 

@@ -94,7 +94,7 @@ def alignment(run: Run, rope: RopeSection) -> dict[str, float]:
 
 
 def vqa_spec(
-    run: Run, start: Path, rope: RopeSection, *, train_vision: bool, grounding_weight: float = 1.0
+    run: Run, start: Path, rope: RopeSection, *, train_vision: bool, coordinate_weight: float = 1.0
 ) -> VqaSpec:
     """How a stage trains the model in ``start``."""
     from clinkd.train.tasks import VqaSpec
@@ -103,5 +103,5 @@ def vqa_spec(
         model=str(start.resolve()), guidance=guidance(rope), train_vision=train_vision,
         dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
         gradient_checkpointing=run.config.compute.gradient_checkpointing, alignment=alignment(run, rope),
-        grounding_weight=grounding_weight,
+        coordinate_weight=coordinate_weight,
     )  # fmt: skip

@@ -138,7 +138,7 @@ def _train_round(run: Run, draft: Draft, folder: Path, model: Path, number: int)
     feedback = dict(zip(table.column("sample").to_pylist(), table.column("chosen").to_pylist(), strict=True))
     spec = vqa_spec(
         run, model, config.rope, train_vision=config.model.train_vision,
-        grounding_weight=config.reflect.optim.grounding_weight,
+        coordinate_weight=config.reflect.optim.coordinate_weight,
     )  # fmt: skip
     share, zero = config.reflect.share, config.compute.zero_stage
     counts = train(

@@ -46,7 +46,7 @@ def teacher(run: Run) -> Artifact:
         start = run.done["guide"].path / "model"
         spec = vqa_spec(
             run, start, teacher_rope(), train_vision=config.teacher.train_vision,
-            grounding_weight=optim.grounding_weight,
+            coordinate_weight=optim.coordinate_weight,
         )  # fmt: skip
         return train(
             run, draft, "teacher", optim, zero,

@@ -38,7 +38,7 @@ class VqaSpec:
     dtype: str = "float32"
     chunk_size: int = 1024
     gradient_checkpointing: bool = False
-    grounding_weight: float = 1.0
+    coordinate_weight: float = 1.0
     alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
 
 
@@ -67,10 +67,10 @@ class AnswerLoss(nn.Module):
         model: ClinKDForConditionalGeneration,
         chunk_size: int,
         zero3: bool = False,
-        grounding_weight: float = 1.0,
+        coordinate_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.model, self.chunk_size, self.grounding_weight = model, chunk_size, grounding_weight
+        self.model, self.chunk_size, self.coordinate_weight = model, chunk_size, coordinate_weight
         if zero3:
             import deepspeed
 
@@ -87,13 +87,13 @@ class AnswerLoss(nn.Module):
         weight = self.model.lm_head.weight
         return answer_loss(hidden, weight, targets, chunk_size=self.chunk_size, normalizer=1.0)
 
-    def forward(self, labels: Tensor, grounded: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """``grounded`` [B, L]: the answer tokens that weigh ``grounding_weight``."""
+    def forward(self, labels: Tensor, coordinates: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """``coordinates`` [B, L]: the answer tokens that weigh ``coordinate_weight``."""
         hidden, targets = self.hidden(labels, **inputs)
         ce = loss = self.cross_entropy(hidden, targets)
-        if grounded is not None:
-            heavy = grounded[:, 1:][labels[:, 1:] != -100]
-            loss = ce + (self.grounding_weight - 1) * self.cross_entropy(hidden[heavy], targets[heavy])
+        if coordinates is not None:
+            heavy = coordinates[:, 1:][labels[:, 1:] != -100]
+            loss = ce + (self.coordinate_weight - 1) * self.cross_entropy(hidden[heavy], targets[heavy])
         return {"loss": loss, "ce": ce}
 
 
@@ -128,7 +128,7 @@ class SupervisedTask:
         return model
 
     def build(self) -> nn.Module:
-        return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3, self.spec.grounding_weight)
+        return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3, self.spec.coordinate_weight)
 
     def encoded(self, record: int, turn: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one turn."""
@@ -150,18 +150,16 @@ class SupervisedTask:
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         if self.spec.guidance.guided == "pair":
             inputs["alignment"] = torch.tensor([[self.spec.alignment[name]] for name in names])
-        if self.spec.grounding_weight != 1:
-            tasks = [self.table.turns(record)[turn]["task"] for record, turns in groups for turn in turns]
-            inputs["grounded"] = self.grounded(inputs["labels"], tasks)
+        if self.spec.coordinate_weight != 1:
+            inputs["coordinates"] = self.coordinates(inputs["labels"])
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())
 
-    def grounded(self, labels: Tensor, tasks: Sequence[str]) -> Tensor:
-        """[B, L]: coordinates (whole numbers between box tokens) and all of a class name's answer."""
+    def coordinates(self, labels: Tensor) -> Tensor:
+        """[B, L]: answer tokens that are whole numbers between box tokens."""
         sides: Any = self.tokenizer.convert_tokens_to_ids(["<|box_start|>", "<|box_end|>"])
         start, end = sides
         inside = labels.eq(start).cumsum(1) > labels.eq(end).cumsum(1)
-        names = torch.tensor([task == "roc" for task in tasks])[:, None] & labels.ne(-100)
-        return (inside & torch.isin(labels, self.numbers)) | names
+        return inside & torch.isin(labels, self.numbers)
 
     def pictures(self, groups: list[Group]) -> dict[str, Tensor]:
         """Pixel values and grids of the distinct images, and which image each row asks about."""

@@ -39,7 +39,7 @@ def train(prepared: Path, start: Path, out: Path, zero: int) -> list[float]:
     from clinkd.train.loop import TrainJob, fit
     from clinkd.train.tasks import SupervisedTask, VqaSpec
 
-    spec = VqaSpec(str(start), RopeGuidance(1.5, 2.0), train_vision=True, grounding_weight=3.0)
+    spec = VqaSpec(str(start), RopeGuidance(1.5, 2.0), train_vision=True, coordinate_weight=3.0)
     optim = OptimSection(batch_size=2, questions_per_image=3, lr=5e-3, steps=6)
     out.mkdir()
     job = TrainJob(
