@@ -19,8 +19,7 @@ from pathlib import Path
 from clinkd.config import ConfigError
 
 TRAIN_ENV = {
-    # What Ray's core and transformers say on the way is no news; errors still arrive as such.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # What transformers says on the way is no news; errors still arrive as such.
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",

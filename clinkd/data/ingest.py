@@ -74,3 +74,24 @@ def decode(png: bytes) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def read_records(
+    data: Path, *, split: str | None = None, ids: list[str] | None = None, blocks: int | None = None
+) -> Any:
+    """Prepared records as a Ray Dataset.
+
+    Args:
+        split: "train" or "test"; ids: these records alone. Neither: all.
+        blocks: at least this many blocks, so that as many actors find work in few shards.
+    """
+    import ray.data
+    from ray.data.expressions import col
+
+    from clinkd.data.shards import shard_paths
+
+    paths = [str(path) for path in shard_paths(data)]
+    rows = ray.data.read_parquet(paths, override_num_blocks=max(len(paths), blocks) if blocks else None)
+    if split is not None:
+        rows = rows.filter(expr=col("split") == split)
+    return rows if ids is None else rows.filter(expr=col("id").is_in(ids))

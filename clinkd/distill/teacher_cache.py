@@ -10,8 +10,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ class LabelSpec:
     threads: int = 1
     hidden_share: float = 0.0  # share of the turns whose true answers the student may not see
     seed: int = 0
-    alignment: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_hidden(sample: str, share: float, seed: int) -> bool:

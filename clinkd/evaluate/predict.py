@@ -8,12 +8,13 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clinkd.data.records import sample_id
+from clinkd.data.scores import read_scores
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PredictSpec:
     temperature: float = 1.0
     seed: int = 0
     threads: int = 1
-    alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
+    scores: str | None = None  # the guide's scores, when the guidance wants them
 
 
 class Answerer:
@@ -45,6 +46,7 @@ class Answerer:
         self.model: Any = load_model(spec.model)
         self.model = self.model.eval().to(device)
         self.guided = guidance_of(self.model.config).guided == "pair"
+        self.alignment = read_scores(spec.scores)
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = AutoImageProcessor.from_pretrained(spec.model)
 
@@ -81,7 +83,7 @@ class Answerer:
         names = [sample_id(record["id"], number) for _, _, record, number, _ in asked]
         pictures = {record["id"]: picture for _, picture, record, _, _ in asked}
         order = list(pictures)
-        alignment = torch.tensor([[self.spec.alignment[name]] for name in names]) if self.guided else None
+        alignment = torch.tensor([[self.alignment[name]] for name in names]) if self.guided else None
         device = self.model.device
         answers = generate_answers(
             self.model, self.tokenizer, [prompt for prompt, *_ in asked],

@@ -39,6 +39,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run.root) / self.config.run.name
 
+    @property
+    def blocks(self) -> int:
+        """Blocks that keep all model actors of a Ray Data stage at work."""
+        return 4 * self.config.compute.actors
+
     def connect(self) -> None:
         """Ray, when the first stage that is not skipped needs it."""
         if not self._connected:

@@ -8,7 +8,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import OptimSection
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import SCORES, start_model, teacher_rope, vqa_spec
+from clinkd.stages.models import start_model, teacher_rope, vqa_spec
 from clinkd.stages.training import train
 
 RETRIEVAL = "retrieval.json"
@@ -50,12 +50,11 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
 
 def _score(run: Run, draft: Draft) -> dict[str, Any]:
     """Raw scores of all samples, calibrated on the training split; retrieval on the test split."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import ray.data
     import torch
 
-    from clinkd.data.shards import samples, shard_paths
+    from clinkd.data.ingest import read_records
+    from clinkd.data.scores import write_scores
+    from clinkd.data.shards import samples
     from clinkd.evaluate.alignment import ScoreSpec, score
     from clinkd.model.guide import fit_calibration
 
@@ -67,7 +66,7 @@ def _score(run: Run, draft: Draft) -> dict[str, Any]:
     run.progress.start("guide: scores", total)
     rows: list[dict[str, Any]] = []
     spec = ScoreSpec(str((draft.path / "model").resolve()), tuple(names or ["nothing"]))
-    records = ray.data.read_parquet([str(path) for path in shard_paths(data)])
+    records = read_records(data, blocks=run.blocks)
     for row in score(records, spec, actors=run.config.compute.actors):
         rows.append(row)
         run.progress.update(len(rows), record=False)
@@ -79,8 +78,7 @@ def _score(run: Run, draft: Draft) -> dict[str, Any]:
     slope, bias = fit_calibration(torch.cat([own, other]), match)
     raw = torch.tensor([row["own"] for row in rows])
     calibrated = torch.sigmoid(slope * raw + bias).tolist()
-    table = {"sample": [row["sample"] for row in rows], "alignment": calibrated}
-    pq.write_table(pa.table(table), draft.path / SCORES)
+    write_scores([row["sample"] for row in rows], calibrated, draft.path)
     tested = [row for row in rows if row["split"] == "test"]
     regions = sum(row["regions"] for row in tested)
     right = sum(row["right"] for row in tested)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Draft
 from clinkd.config import RopeSection, TinySection
+from clinkd.data.scores import FILE
 from clinkd.stages.base import Run
 
 if TYPE_CHECKING:
     from clinkd.train.tasks import VqaSpec
-
-SCORES = "scores.parquet"
 
 
 def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> Path:
@@ -83,14 +82,9 @@ def teacher_folder(run: Run) -> Path:
     return run.done["teacher"].path / "model"
 
 
-def alignment(run: Run, rope: RopeSection) -> dict[str, float]:
-    """Sample id -> s in [0, 1] where ``rope`` asks for scores; empty elsewhere."""
-    if guidance(rope).guided != "pair":
-        return {}
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(run.done["guide"].path / SCORES)
-    return dict(zip(table.column("sample").to_pylist(), table.column("alignment").to_pylist(), strict=True))
+def scores(run: Run, rope: RopeSection) -> str | None:
+    """The file of the guide's scores where ``rope`` asks for them."""
+    return str((run.done["guide"].path / FILE).resolve()) if guidance(rope).guided == "pair" else None
 
 
 def vqa_spec(
@@ -102,6 +96,6 @@ def vqa_spec(
     return VqaSpec(
         model=str(start.resolve()), guidance=guidance(rope), train_vision=train_vision,
         dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
-        gradient_checkpointing=run.config.compute.gradient_checkpointing, alignment=alignment(run, rope),
+        gradient_checkpointing=run.config.compute.gradient_checkpointing, scores=scores(run, rope),
         coordinate_weight=coordinate_weight,
     )  # fmt: skip

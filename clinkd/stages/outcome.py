@@ -18,7 +18,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import alignment
+from clinkd.stages.models import scores
 
 
 def evaluate(run: Run, model: str) -> Artifact:
@@ -41,10 +41,8 @@ def evaluate(run: Run, model: str) -> Artifact:
 
 
 def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
-    import ray.data
-    from ray.data.expressions import col
-
-    from clinkd.data.shards import samples, shard_paths
+    from clinkd.data.ingest import read_records
+    from clinkd.data.shards import samples
     from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
 
     options, data = run.config.evaluate, run.done["prepare"].path
@@ -53,11 +51,9 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
         raise ConfigError("data.test_fraction: no test sample was left by the split; raise it or add cases")
     spec = PredictSpec(
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
-        alignment=alignment(run, run.config.rope),
+        scores=scores(run, run.config.rope),
     )  # fmt: skip
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
-        expr=col("id").is_in(chosen)
-    )
+    rows = read_records(data, ids=chosen, blocks=run.blocks)
     run.progress.start("evaluate", total)
     found = []
     for row in predict(rows, spec, actors=run.config.compute.actors):
@@ -163,12 +159,9 @@ def predict_folder(
     checkpoint: Path, data: Path, out: Path, split: str, batch_size: int, max_new_tokens: int
 ) -> int:
     """Answers of any checkpoint to any prepared data; returns their number."""
-    import ray.data
-    from ray.data.expressions import col
-
-    from clinkd.data.shards import shard_paths
+    from clinkd.data.ingest import read_records
     from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
 
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(expr=col("split") == split)
+    rows = read_records(data, split=split, blocks=8)
     spec = PredictSpec(str(checkpoint.resolve()), batch_size, max_new_tokens)
     return len(write_predictions(predict(rows, spec, actors=2), out))

@@ -15,7 +15,7 @@ from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import alignment, teacher_folder, vqa_spec
+from clinkd.stages.models import scores, teacher_folder, vqa_spec
 from clinkd.stages.training import train, turn_counts
 
 
@@ -82,24 +82,21 @@ def _answers(run: Run, path: Path, model: Path, number: int) -> list[dict[str, A
     """The student's answers to this round's training samples; kept, so that they are made once."""
     if path.is_file():
         return [json.loads(line) for line in path.read_text().splitlines()]
-    import ray.data
-    from ray.data.expressions import col
-
-    from clinkd.data.shards import shard_paths
+    from clinkd.data.ingest import read_records
     from clinkd.evaluate.predict import PredictSpec, predict
     from clinkd.reflect.rounds import choose_records
 
     turns = turn_counts(run)
     chosen = choose_records(list(turns.items()), run.config.reflect.samples, run.config.run.seed, number)
     total = sum(turns[record] for record in chosen)
-    rows = ray.data.read_parquet([str(shard) for shard in shard_paths(run.done["prepare"].path)])
+    rows = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks)
     spec = PredictSpec(
         str(model.resolve()), run.config.evaluate.batch_size, run.config.evaluate.max_new_tokens,
-        alignment=alignment(run, run.config.rope),
+        scores=scores(run, run.config.rope),
     )  # fmt: skip
     run.progress.start(f"reflect: answers of round {number}", total)
     found = []
-    for row in predict(rows.filter(expr=col("id").is_in(chosen)), spec, actors=run.config.compute.actors):
+    for row in predict(rows, spec, actors=run.config.compute.actors):
         found.append(row)
         run.progress.update(len(found), record=False)
     found.sort(key=lambda row: row["sample"])
@@ -121,7 +118,11 @@ def _corrections(run: Run, records: list[dict[str, Any]], number: int) -> dict[s
     )  # fmt: skip
     run.progress.start(f"reflect: corrections of round {number}", len(records))
     found: dict[str, list[str]] = {}
-    for row in predict(ray.data.from_items(records), spec, actors=run.config.compute.actors):
+    for row in predict(
+        ray.data.from_items(records, override_num_blocks=min(run.blocks, len(records))),
+        spec,
+        actors=run.config.compute.actors,
+    ):
         found[row["sample"].removesuffix("#0")] = row["responses"]
         run.progress.update(len(found), record=False)
     return found

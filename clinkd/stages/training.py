@@ -78,17 +78,15 @@ def label(run: Run) -> Artifact:
         import pyarrow as pa
         import pyarrow.parquet as pq
         import ray.data
-        from ray.data.expressions import col
 
-        from clinkd.data.shards import shard_paths
+        from clinkd.data.ingest import read_records
         from clinkd.distill.teacher_cache import Labeller, LabelSpec, write_head
 
         data, model = run.done["prepare"].path, teacher_folder(run)
         turns = turn_counts(run)
         chosen = share_of(list(turns), config.distill.share, config.run.seed)
         run.progress.start("label", sum(turns[record] for record in chosen))
-        rows = ray.data.read_parquet([str(path) for path in shard_paths(data)])
-        labelled = rows.filter(expr=col("id").is_in(chosen)).map_batches(
+        labelled = read_records(data, ids=chosen, blocks=run.blocks).map_batches(
             Labeller,
             fn_constructor_args=(
                 LabelSpec(
@@ -151,10 +149,7 @@ def train(
     records: list[str] | None = None,
 ) -> dict[str, Any]:
     """Trains one stage on the training split, or on ``records`` of it, and shows its progress."""
-    import ray.data
-    from ray.data.expressions import col
-
-    from clinkd.data.shards import shard_paths
+    from clinkd.data.ingest import read_records
     from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob, fit
 
@@ -170,9 +165,7 @@ def train(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=steps, seed=run.config.run.seed, out=str(out.resolve()),
     )  # fmt: skip
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(data)]).filter(
-        expr=(col("split") == "train") if records is None else col("id").is_in(records)
-    )
+    rows = read_records(data, split="train", ids=records)
     run.progress.start(stage, steps)
     stop = threading.Event()
     follower = tail_metrics(out / "metrics.jsonl", run.progress, stop)

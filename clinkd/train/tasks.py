@@ -10,7 +10,7 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clinkd.data.ingest import RecordTable, collect, decode, open_table
 from clinkd.data.records import sample_id
+from clinkd.data.scores import read_scores
 from clinkd.distill.curriculum import admitted_margin
 from clinkd.distill.losses import answer_loss, distill_loss
 from clinkd.model.chat import collate, encode
@@ -39,7 +40,7 @@ class VqaSpec:
     chunk_size: int = 1024
     gradient_checkpointing: bool = False
     coordinate_weight: float = 1.0
-    alignment: Mapping[str, float] = field(default_factory=dict)  # sample id -> s, when the guidance wants it
+    scores: str | None = None  # the guide's scores, when the guidance wants them
 
 
 class ImageStore:
@@ -110,6 +111,7 @@ class SupervisedTask:
         self.processor = AutoImageProcessor.from_pretrained(spec.model)
         self.images = ImageStore(self.table, self.processor)
         self.ids = self.table.ids
+        self.alignment = read_scores(spec.scores)
         self._encoded: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         self.numbers = torch.tensor(
@@ -149,7 +151,7 @@ class SupervisedTask:
         names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         if self.spec.guidance.guided == "pair":
-            inputs["alignment"] = torch.tensor([[self.spec.alignment[name]] for name in names])
+            inputs["alignment"] = torch.tensor([[self.alignment[name]] for name in names])
         if self.spec.coordinate_weight != 1:
             inputs["coordinates"] = self.coordinates(inputs["labels"])
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())
