@@ -192,10 +192,24 @@ def smooth_numbers(model: Any, tokenizer: Any, bandwidth: float = 0.1) -> None:
     table[index] = waves * table.std() * 2**0.5
 
 
-def match_images(model: Any, gain: float = 1.5) -> None:
-    """First keys start as the queries behind ``rotation``: a word attends to the patches that show it."""
-    attention = model.model.language_model.layers[0].self_attn
-    attention.q_proj.weight.data *= gain
-    attention.k_proj.weight.data.copy_(
-        attention.q_proj.weight.data @ rotation(model.config.text_config.hidden_size).T
-    )
+def match_images(model: Any, gain: float = 1.5, copy: float = 0.5) -> None:
+    """Attention starts as a look-up, in every text layer.
+
+    Keys start as the queries behind ``rotation``: a word attends to the patches that show it. Values and outputs
+    start as a scaled identity: what is attended to is copied. Selecting by name is then there from the first
+    step, instead of after a plateau of some thousand.
+
+    Args:
+        gain: factor on the queries, hence gain**2 on the logits.
+        copy: share of what is attended to that is added.
+    """
+    import torch
+
+    turn = rotation(model.config.text_config.hidden_size)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.data *= gain
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight.data @ turn.T)
+        basis = torch.linalg.qr(torch.randn_like(attention.o_proj.weight))[0]
+        attention.v_proj.weight.data.copy_(copy * basis)
+        attention.o_proj.weight.data.copy_(basis.T)
