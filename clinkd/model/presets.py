@@ -196,8 +196,8 @@ def match_images(model: Any, gain: float = 1.5, copy: float = 0.5) -> None:
     """Attention starts as a look-up, in every text layer.
 
     Keys start as the queries behind ``rotation``: a word attends to the patches that show it. Values and
-    outputs start as a scaled identity: what is attended to is copied. Selecting by name is then there from the
-    first step, instead of after a plateau of some thousand.
+    outputs start as a scaled identity: what is attended to is copied. Selecting by name is then there from
+    the first step, instead of after a plateau of some thousand.
 
     Args:
         gain: factor on the queries, hence gain**2 on the logits.
