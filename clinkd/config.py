@@ -107,12 +107,6 @@ class TeacherSection(Section):
     )
     tiny: TinySection = TinySection(layers=4)
     train_vision: bool = True
-    correction_share: float = Field(
-        0.1,
-        ge=0,
-        le=0.5,
-        description="share of training samples that ask to correct a wrong answer given the truth",
-    )
 
 
 class RopeSection(Section):

@@ -1,4 +1,4 @@
-"""The training loop on real Ray Train and DeepSpeed: every ZeRO stage, resumption, the number of workers."""
+"""The training loop on real Ray Train and DeepSpeed: a worker that dies, the number of workers."""
 
 import json
 import sys
@@ -78,21 +78,9 @@ def train(out: Path, *, zero: int, workers=2, batch=2, fail_once: str | None = N
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_every_zero_stage_trains_and_saves_a_whole_model(ray_session, tmp_path, zero):
-    from safetensors.torch import load_file
-
-    lines = train(tmp_path, zero=zero)
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    assert {key: tuple(value.shape) for key, value in weights.items()} == {
-        "layers.0.weight": (8, 1), "layers.0.bias": (8,), "layers.2.weight": (1, 8), "layers.2.bias": (1,)
-    }  # fmt: skip
-
-
 def test_a_worker_that_dies_changes_nothing(ray_session, tmp_path):
     calm = train(tmp_path / "calm", zero=1)
+    assert [line["step"] for line in calm] == list(range(1, 13)) and calm[-1]["loss"] < 0.5 * calm[0]["loss"]
     torn = train(tmp_path / "torn", zero=1, fail_once=str(tmp_path / "died"))
     assert (tmp_path / "died").exists()
     assert [line["loss"] for line in torn] == [line["loss"] for line in calm]
