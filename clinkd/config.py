@@ -90,9 +90,6 @@ class ModelSection(Section):
         "teacher_layers",
         description="a student made here starts from evenly chosen layers of the teacher, or from nothing",
     )
-    max_pixels: int | None = Field(
-        None, description="images are resized to at most this area (checkpoints by path)"
-    )
     train_vision: bool = Field(
         False, description="train the student's vision tower too (the paper freezes it)"
     )
@@ -123,7 +120,6 @@ class RopeSection(Section):
 class GuideSection(Section):
     """The Med-CLIP guide that is trained on (region, phrase) pairs and scores (image, question) pairs."""
 
-    width: int = Field(64, ge=8, description="width of the shared embedding")
     steps: int = Field(400, ge=1)
     batch_size: int = Field(16, ge=1, description="images per step over all workers")
     lr: float = Field(2e-3, gt=0)
