@@ -135,7 +135,9 @@ class OptimSection(Section):
     lr: float = Field(1e-3, gt=0)
     vision_lr: float = Field(1.0, gt=0, description="learning rate of the vision tower as a multiple of lr")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after warm-up; wsd: constant, then linear to 2% over the last fifth"
+    )
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
     coordinate_weight: float = Field(

@@ -319,16 +319,22 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
 
 
 def student_from_teacher(
-    teacher: ClinKDForConditionalGeneration, layers: int
+    teacher: ClinKDForConditionalGeneration, layers: int, mlp: int | None = None
 ) -> ClinKDForConditionalGeneration:
-    """A student of the teacher's widths: ``layers`` of its text layers, and all the rest of it.
+    """A student cut out of its teacher: ``layers`` of its text layers, ``mlp`` neurons in each, all the rest.
+
+    Of a layer's neurons those stay whose weights are largest (the product of their three norms).
 
     Raises:
-        ValueError: see ``kept_layers``.
+        ValueError: see ``kept_layers``; or more neurons than the teacher has.
     """
     kept = kept_layers(teacher.config.text_config.num_hidden_layers, layers)
+    width = teacher.config.text_config.intermediate_size
+    if mlp is not None and not 1 <= mlp <= width:
+        raise ValueError(f"student: {mlp} neurons from a teacher's MLP of {width}")
     config = copy.deepcopy(teacher.config)
     config.text_config.num_hidden_layers = layers
+    config.text_config.intermediate_size = mlp or width
     if config.text_config.layer_types is not None:
         config.text_config.layer_types = [config.text_config.layer_types[number] for number in kept]
     student = ClinKDForConditionalGeneration(config)
@@ -338,5 +344,16 @@ def student_from_teacher(
     student.load_state_dict(state, strict=False)
     for number, source in enumerate(kept):
         layer = teacher.model.language_model.layers[source]
-        student.model.language_model.layers[number].load_state_dict(layer.state_dict())
+        student.model.language_model.layers[number].load_state_dict(_fewer_neurons(layer, mlp or width))
     return student
+
+
+def _fewer_neurons(layer: nn.Module, count: int) -> dict[str, Tensor]:
+    """A text layer's weights with the ``count`` largest neurons of its MLP, in their order."""
+    state = dict(layer.state_dict())
+    gate, up, down = (state[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    size = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    chosen = size.topk(count).indices.sort().values
+    state["mlp.gate_proj.weight"], state["mlp.up_proj.weight"] = gate[chosen], up[chosen]
+    state["mlp.down_proj.weight"] = down[:, chosen]
+    return state

@@ -57,7 +57,7 @@ def student_start(run: Run, draft: Draft) -> Path:
         from clinkd.model.clinkd_qwen2vl import load_model, save_model, student_from_teacher
 
         taught = teacher_folder(run)
-        student = student_from_teacher(load_model(taught), model.tiny.layers)
+        student = student_from_teacher(load_model(taught), model.tiny.layers, model.tiny.mlp)
         tokenizer = AutoTokenizer.from_pretrained(taught)
         save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught), folder)
     return folder

@@ -67,12 +67,14 @@ def _read_base(path: str | None) -> dict[str, Any]:
 
 
 def learning_rate(step: int, total: int, optim: OptimSection) -> float:
-    """Factor on ``optim.lr`` in step ``step`` of ``total``: linear warm-up, then constant or cosine to 2%."""
+    """Factor on ``optim.lr`` in step ``step`` of ``total``: linear warm-up, then as ``schedule`` says."""
     warm = max(1, round(optim.warmup * total))
     if step < warm:
         return (step + 1) / warm
     if optim.schedule == "constant":
         return 1.0
+    if optim.schedule == "wsd":  # warm-up, stable, decay (Hu et al., 2024)
+        return max(0.02, min(1.0, 5 * (1 - step / total)))
     done = min(1.0, (step - warm) / max(1, total - warm))
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 

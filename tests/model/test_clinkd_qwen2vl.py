@@ -196,5 +196,8 @@ def test_a_student_is_made_of_its_teachers_weights(tokenizer, batch):
     assert len(copied) == 2 and teacher.config.text_config.num_hidden_layers == 3
     assert torch.equal(copied[1].mlp.up_proj.weight, source[2].mlp.up_proj.weight)
     assert student.lm_head.weight.data_ptr() == student.model.language_model.embed_tokens.weight.data_ptr()
+    narrow = student_from_teacher(teacher, 2, mlp=8)
+    assert narrow.model.language_model.layers[1].mlp.up_proj.weight.shape[0] == 8
+    assert narrow.config.text_config.intermediate_size == 8
     student.lm_head.weight.add_(1)  # a copy, not a share
     assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
