@@ -23,6 +23,8 @@ from typing import Any
 
 import typer
 
+from clinkd import console
+
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
 
 The way of the data, one direction:
@@ -85,7 +87,7 @@ def prepare(
             f"--out: {out} is no local folder; prepare writes to a folder that all workers share"
         )
     manifest = _prepare(source, out, images, seed, test_fraction, phantoms, strict)
-    typer.echo(_account(manifest))
+    typer.echo(console.account(manifest))
     typer.echo(f"prepared data in {out}")
 
 
@@ -106,13 +108,13 @@ def validate(
             raise DataError(
                 f"{path}: {found} images in the shards, {manifest['images']} in the manifest: prepare again"
             )
-        typer.echo(_account(manifest))
+        typer.echo(console.account(manifest))
         return
     scratch = Path(tempfile.mkdtemp(prefix="clinkd-validate-"))
     try:
         manifest = _prepare(path, scratch / "data", images, 0, 0.1, 0, strict)
-        typer.echo(_account(manifest))
-        for row in _first_of_each(scratch / "data" / "quarantine.jsonl"):
+        typer.echo(console.account(manifest))
+        for row in console.first_of_each(scratch / "data" / "quarantine.jsonl"):
             where = " ".join(filter(None, [row.get("where"), row.get("image")]))
             typer.echo(f"  {row['reason']}: {where} ({row.get('detail', '')})")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -145,7 +147,7 @@ def evaluate(
             f"--predictions: {predictions} is empty; give a JSONL file of image, annotation, response"
         )
     result = score_task(task, rows, spice_jars=spice_jars)
-    typer.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else _table(result))
+    typer.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else console.table(result))
 
 
 def config(
@@ -361,54 +363,3 @@ def _ray() -> Iterator[None]:
         yield
     finally:
         cluster.disconnect()
-
-
-def _account(manifest: dict[str, Any]) -> str:
-    """The manifest in a few lines: what came in, what was refused and why."""
-    split = manifest["by_split"]
-    lines = [
-        f"{manifest['records_in']} question/answer pairs read: {manifest['records_out']} kept on "
-        f"{manifest['images']} images, {manifest['quarantined']} quarantined, "
-        f"{manifest['duplicates']} duplicates",
-        "tasks: " + ", ".join(f"{name} {count}" for name, count in manifest["by_task"].items()),
-        "modalities: " + ", ".join(f"{name} {count}" for name, count in manifest["by_modality"].items()),
-        f"split: {split['train']} train, {split['test']} test",
-    ]
-    if manifest["by_reason"]:
-        lines.append(
-            "refused: " + ", ".join(f"{name} {count}" for name, count in manifest["by_reason"].items())
-        )
-    return "\n".join(lines)
-
-
-def _first_of_each(quarantine: Path) -> Iterator[dict[str, Any]]:
-    seen = set()
-    with quarantine.open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if row["reason"] not in seen:
-                seen.add(row["reason"])
-                yield row
-
-
-def _table(result: dict[str, Any]) -> str:
-    """Scores by modality, the mean below, then what was left out."""
-    names = list(dict.fromkeys(name for row in result["modalities"].values() for name in row))
-    rows = [["", *names]]
-    for label, row in [*result["modalities"].items(), ("mean", result["mean"])]:
-        rows.append([label, *(_cell(row.get(name)) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    lines.append(f"{result['rows']} rows read")
-    if result["skipped"]:
-        lines.append("skipped: " + ", ".join(f"{name} {count}" for name, count in result["skipped"].items()))
-    reasons = (result.get(key) for key in ("text_reason", "meteor_reason", "spice_reason"))
-    return "\n".join([*lines, *dict.fromkeys(reason for reason in reasons if reason)])
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return "-" if value is None else str(value)

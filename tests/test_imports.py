@@ -8,7 +8,7 @@ import clinkd
 ROOT = Path(clinkd.__file__).parent
 # A room sees itself and what stands in a lower rank.
 RANKS = {
-    "config": 0, "artifacts": 1, "progress": 1, "cluster": 1,
+    "config": 0, "artifacts": 1, "progress": 1, "cluster": 1, "console": 1,
     "data": 2, "model": 2, "report": 3,
     "distill": 3, "evaluate": 3,
     "train": 4, "reflect": 5, "stages": 6, "tune": 7, "cli": 8, "__main__": 9,
@@ -21,6 +21,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("clinkd."):
             found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "clinkd":
+            found |= {alias.name for alias in node.names if not alias.name.startswith("_")}
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("clinkd.")}
     return found

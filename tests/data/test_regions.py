@@ -1,6 +1,5 @@
 """Regions and phrases from turns, and the cells of a grid that a box covers."""
 
-
 from hypothesis import given
 from hypothesis import strategies as st
 

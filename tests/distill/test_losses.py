@@ -250,8 +250,8 @@ def bucketed_oracle(inputs, k, *, temperature, divergence, a, jsd_beta=0.5):
     ids = p.topk(k, dim=1).indices
 
     def coarse(x):
-        top = x.gather(1, ids)
-        return torch.cat([top, 1 - top.sum(1, keepdim=True)], dim=1).log()
+        rest = x.scatter(1, ids, 0.0).sum(1, keepdim=True)  # 1 - top.sum() would cancel a small tail away
+        return torch.cat([x.gather(1, ids), rest], dim=1).log()
 
     eye = torch.eye(k + 1, dtype=p.dtype)
     zero = torch.zeros(len(p), dtype=torch.long)

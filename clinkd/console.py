@@ -1,0 +1,59 @@
+"""What the commands print about data and scores, as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def account(manifest: dict[str, Any]) -> str:
+    """The manifest in a few lines: what came in, what was refused and why."""
+    split = manifest["by_split"]
+    lines = [
+        f"{manifest['records_in']} question/answer pairs read: {manifest['records_out']} kept on "
+        f"{manifest['images']} images, {manifest['quarantined']} quarantined, "
+        f"{manifest['duplicates']} duplicates",
+        "tasks: " + ", ".join(f"{name} {count}" for name, count in manifest["by_task"].items()),
+        "modalities: " + ", ".join(f"{name} {count}" for name, count in manifest["by_modality"].items()),
+        f"split: {split['train']} train, {split['test']} test",
+    ]
+    if manifest["by_reason"]:
+        lines.append(
+            "refused: " + ", ".join(f"{name} {count}" for name, count in manifest["by_reason"].items())
+        )
+    return "\n".join(lines)
+
+
+def first_of_each(quarantine: Path) -> Iterator[dict[str, Any]]:
+    seen = set()
+    with quarantine.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if row["reason"] not in seen:
+                seen.add(row["reason"])
+                yield row
+
+
+def table(result: dict[str, Any]) -> str:
+    """Scores by modality, the mean below, then what was left out."""
+    names = list(dict.fromkeys(name for row in result["modalities"].values() for name in row))
+    rows = [["", *names]]
+    for label, row in [*result["modalities"].items(), ("mean", result["mean"])]:
+        rows.append([label, *(_cell(row.get(name)) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.append(f"{result['rows']} rows read")
+    if result["skipped"]:
+        lines.append("skipped: " + ", ".join(f"{name} {count}" for name, count in result["skipped"].items()))
+    reasons = (result.get(key) for key in ("text_reason", "meteor_reason", "spice_reason"))
+    return "\n".join([*lines, *dict.fromkeys(reason for reason in reasons if reason)])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else str(value)
