@@ -29,6 +29,8 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 EXTRA_CPUS = 2
+STARTING = 4
+"""Workers that start at one time at least: Ray warns of a multiple of the cores, which two cores soon reach."""
 _started_here = _connected_here = False
 
 
@@ -97,6 +99,8 @@ def _start() -> None:
     global _started_here
     # Unset, ray.init would turn token authentication on and leave a token in the home folder.
     _defaults(TRAIN_ENV | {"RAY_AUTH_MODE": "disabled"} | ({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}))
+    if real_cores() < STARTING:
+        _defaults({"RAY_worker_maximum_startup_concurrency": str(STARTING)})
     import ray
 
     ray.init(
