@@ -30,7 +30,7 @@ TRAIN_ENV = {
 }
 EXTRA_CPUS = 2
 STARTING = 4
-"""Workers that start at one time at least: Ray warns of a multiple of the cores, which two cores soon reach."""
+"""Workers that may start at one time, at least: Ray warns of a few times this, soon reached on two cores."""
 _started_here = _connected_here = False
 
 
