@@ -29,7 +29,7 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 EXTRA_CPUS = 2
-STARTING = 4
+STARTING = 8
 """Workers that may start at one time, at least: Ray warns of a few times this, soon reached on two cores."""
 _started_here = _connected_here = False
 

@@ -90,6 +90,11 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", to_yaml(config))
     with Progress(folder / "metrics.jsonl", stream=stream) as progress:
+        if "_ray_pkg_" in str(Path.cwd()) and not Path(config.run.root).is_absolute():  # a job's working_dir
+            progress.say(
+                f"run.root: {config.run.root} lies in the job's copy of --working-dir, which Ray removes "
+                "in time; give run.root=/a/folder/that/stays"
+            )
         run = Run(config, progress, Store(Path(config.run.root) / "artifacts", progress.say))
         try:
             yield run
