@@ -88,12 +88,12 @@ class Worker:
 
     def run(self) -> None:
         self._restore()
-        start, first = time.monotonic(), self.step
+        start, seen = time.monotonic(), 0
         while self.step < self.job.steps:
-            sums, tokens = self._train_step()
+            sums, tokens, samples = self._train_step()
             self.step += 1
             self.consumed += self._groups_per_step
-            seen = (self.step - first) * self._groups_per_step
+            seen += samples
             self._log(sums, tokens, seen / (time.monotonic() - start))
             if self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.steps:
                 self._checkpoint()
@@ -103,24 +103,27 @@ class Worker:
     def _groups_per_step(self) -> int:
         return self.world * self.job.optim.batch_size * self.job.optim.accumulation
 
-    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int]]:
+    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """(arguments, tokens, turns) of each accumulation step."""
         size = self.job.optim.batch_size
         for micro in range(self.job.optim.accumulation):
             groups = self.ledger.share(self.consumed + micro * self.world * size, self.rank, self.world, size)
-            yield self.task.batch(groups, self.step, self.job.steps)
+            yield *self.task.batch(groups, self.step, self.job.steps), sum(len(turns) for _, turns in groups)
 
-    def _train_step(self) -> tuple[dict[str, float], float]:
+    def _train_step(self) -> tuple[dict[str, float], float, int]:
+        """Sums of the losses, tokens and turns, all over all ranks."""
         import torch
         import torch.distributed as dist
 
         batches = list(self._micro_batches())
-        count = torch.tensor(float(sum(tokens for _, tokens in batches)))
-        count = count.to(self.engine.device)
-        dist.all_reduce(count)
+        counts = torch.tensor([[tokens, turns] for _, tokens, turns in batches], dtype=torch.float64).sum(0)
+        counts = counts.to(self.engine.device)
+        dist.all_reduce(counts)
+        count = counts[0].float()
         # DeepSpeed averages over ranks and accumulation steps; ours are sums, to be divided by all tokens.
         scale = self.world * len(batches) / count.clamp(min=1)
         sums: dict[str, Any] = {}
-        for arguments, _ in batches:
+        for arguments, _, _ in batches:
             found = self.engine(**{key: _move(value, self.engine.device) for key, value in arguments.items()})
             self.engine.backward(found["loss"] * scale)
             self.engine.step()
@@ -128,14 +131,14 @@ class Worker:
                 sums[key] = sums.get(key, 0.0) + value.detach().float()
         packed = torch.stack([sums[key] for key in sorted(sums)])
         dist.all_reduce(packed)
-        return dict(zip(sorted(sums), packed.tolist(), strict=True)), count.item()
+        return dict(zip(sorted(sums), packed.tolist(), strict=True)), count.item(), int(counts[1])
 
     def _log(self, sums: dict[str, float], tokens: float, rate: float) -> None:
         if self.rank:
             return
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
         line |= {key: round(value / max(tokens, 1.0), 6) for key, value in sums.items()}
-        line |= {"lr": self.engine.get_lr()[0], "tokens": int(tokens), "groups_per_s": round(rate, 2)}
+        line |= {"lr": self.engine.get_lr()[0], "tokens": int(tokens), "samples_per_s": round(rate, 2)}
         with self.metrics.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
 

@@ -81,6 +81,7 @@ def train(out: Path, *, zero: int, workers=2, batch=2, fail_once: str | None = N
 def test_a_worker_that_dies_changes_nothing(ray_session, tmp_path):
     calm = train(tmp_path / "calm", zero=1)
     assert [line["step"] for line in calm] == list(range(1, 13)) and calm[-1]["loss"] < 0.5 * calm[0]["loss"]
+    assert all(line["samples_per_s"] > 0 for line in calm)
     torn = train(tmp_path / "torn", zero=1, fail_once=str(tmp_path / "died"))
     assert (tmp_path / "died").exists()
     assert [line["loss"] for line in torn] == [line["loss"] for line in calm]
