@@ -29,6 +29,7 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 EXTRA_CPUS = 2
+DATA_CPUS = 1.1  # one task of Ray Data, and what actors that only wait declare
 STARTING = 8
 """Workers that may start at one time, at least: Ray warns of a few times this, soon reached on two cores."""
 _started_here = _connected_here = False
@@ -55,7 +56,12 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
             _start()
             return
         _join(target, "compute.address" if address else "RAY_ADDRESS")
-    check_workers(workers, cpus_per_worker, usable_cpus())
+    cpus = usable_cpus()
+    check_workers(workers, cpus_per_worker, cpus)
+    if workers and cpus < 2 and not _started_here:
+        raise ConfigError(
+            f"compute.address: the cluster has {cpus:g} CPU, training and Ray Data take two; start Ray with more"
+        )
 
 
 def usable_cpus() -> float:
@@ -63,6 +69,25 @@ def usable_cpus() -> float:
     import ray
 
     return real_cores() if _started_here else ray.cluster_resources().get("CPU", 0.0)
+
+
+def data_cpus() -> float:
+    """Of ``usable_cpus``, what training leaves to Ray Data; a Ray started here has CPUs beside for that."""
+    return 0.0 if _started_here else DATA_CPUS
+
+
+def declared_cpus(workers: int, cpus_per_worker: float) -> float:
+    """CPUs that a training worker declares to Ray, at most ``cpus_per_worker``.
+
+    Ray Data's tasks feed the workers and take a whole CPU: where workers declare all that a cluster has, both
+    wait for each other for ever. There a worker declares less than half, or less still if that leaves too little.
+    """
+    import ray
+
+    left = ray.cluster_resources().get("CPU", 0.0) - DATA_CPUS
+    if workers * cpus_per_worker <= left:
+        return cpus_per_worker
+    return max(0.01, min(cpus_per_worker * 0.4, left / workers))
 
 
 def disconnect() -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
 from clinkd.train.ledger import Group, Ledger
 
@@ -217,7 +218,8 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
     import ray.train.torch
 
     gpu = job.compute.gpus_per_worker > 0
-    resources = {"CPU": job.compute.cpus_per_worker} | ({"GPU": job.compute.gpus_per_worker} if gpu else {})
+    cpus = cluster.declared_cpus(job.compute.workers, job.compute.cpus_per_worker)
+    resources = {"CPU": cpus} | ({"GPU": job.compute.gpus_per_worker} if gpu else {})
     environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "TOKENIZERS_PARALLELISM": "false"}
     if not gpu:
         environment |= {"DS_ACCELERATOR": "cpu"}
@@ -225,7 +227,11 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
         run_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=job.compute.workers, use_gpu=gpu, resources_per_worker=resources
+            num_workers=job.compute.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            # Declaring less than it uses, a worker would be packed beside others on one node.
+            placement_strategy="PACK" if cpus == job.compute.cpus_per_worker else "SPREAD",
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
         datasets={"train": rows},

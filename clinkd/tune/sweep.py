@@ -41,8 +41,8 @@ def sweep(config: RunConfig) -> list[dict[str, Any]]:
         return rows
 
 
-def concurrent_trials(config: RunConfig, cpus: float) -> int:
-    """Whole trials that fit ``cpus`` at one time.
+def concurrent_trials(config: RunConfig, cpus: float, data_cpus: float = 0.0) -> int:
+    """Whole trials that fit ``cpus`` at one time with ``data_cpus`` left for Ray Data; one fits always.
 
     Raises:
         ConfigError: not even one does.
@@ -52,7 +52,7 @@ def concurrent_trials(config: RunConfig, cpus: float) -> int:
         raise ConfigError(
             f"compute.workers: a trial wants {wanted:g} CPUs, the cluster has {cpus:g}; lower compute.workers"
         )
-    return int(cpus // wanted)
+    return max(1, int((cpus - data_cpus) // wanted))
 
 
 def run_trial(values: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
@@ -105,7 +105,9 @@ def _tune(run: Run) -> list[dict[str, Any]]:
             limited,
             tune_config=tune.TuneConfig(
                 search_alg=search, num_samples=options.trials, metric=options.metric, mode="max",
-                max_concurrent_trials=concurrent_trials(config, cluster.usable_cpus()),
+                max_concurrent_trials=concurrent_trials(
+                    config, cluster.usable_cpus(), cluster.data_cpus()
+                ),
             ),
             run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
         )  # fmt: skip
