@@ -60,7 +60,8 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
     check_workers(workers, cpus_per_worker, cpus)
     if workers and cpus < 2 and not _started_here:
         raise ConfigError(
-            f"compute.address: the cluster has {cpus:g} CPU, training and Ray Data take two; start Ray with more"
+            f"compute.address: the cluster has {cpus:g} CPU, training and Ray Data take two; "
+            "start Ray with more"
         )
 
 
@@ -80,7 +81,8 @@ def declared_cpus(workers: int, cpus_per_worker: float) -> float:
     """CPUs that a training worker declares to Ray, at most ``cpus_per_worker``.
 
     Ray Data's tasks feed the workers and take a whole CPU: where workers declare all that a cluster has, both
-    wait for each other for ever. There a worker declares less than half, or less still if that leaves too little.
+    wait for each other for ever. There a worker declares less than half, or what
+    leaves enough.
     """
     import ray
 
@@ -163,6 +165,7 @@ def _join(address: str, where: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: no Ray cluster at {address}: {reason}") from None
+    _quiet_data()
 
 
 def _listening(address: str, where: str) -> None:

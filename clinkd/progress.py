@@ -51,7 +51,10 @@ class Progress:
         self._task: Any = None
         self._stage, self._step = "", 0
         self._total: int | None = None
-        self._first, self._started, self._shown = 0, 0.0, 0.0
+        self._started, self._shown = 0.0, 0.0
+        self._from: tuple[int, float] | None = (
+            None  # the first step seen and when: time left is reckoned from it
+        )
         self._numbers: dict[str, Any] = {}
 
     def __enter__(self) -> Progress:
@@ -67,9 +70,9 @@ class Progress:
                 self._bar = None
 
     def start(self, stage: str, total: int | None = None, first: int = 0) -> None:
-        """A stage begins; ``first`` is the step it resumes from (its time left is reckoned from there)."""
+        """A stage begins; ``first`` is the step it resumes from."""
         with self._lock:
-            self._stage, self._total, self._step, self._first = stage, total, first, first
+            self._stage, self._total, self._step, self._from = stage, total, first, None
             self._numbers, self._started = {}, self._clock()
             self._shown = self._started
             if self._bar is not None:
@@ -84,6 +87,7 @@ class Progress:
         """Shows a step and its numbers (loss, samples_per_s, ...); all of them go to metrics.jsonl."""
         with self._lock:
             self._step, self._total = step, self._total if total is None else total
+            self._from = self._from or (step, self._clock())
             self._numbers.update(numbers)
             if record:
                 self._append({"stage": self._stage, "step": step, **numbers})
@@ -142,11 +146,11 @@ class Progress:
 
     def _line(self) -> str:
         total = "" if self._total is None else f"/{self._total}"
-        done, spent = self._step - self._first, self._clock() - self._started
         left = ""
-        # The first steps carry a stage's start with them; what they promise is far off.
-        if self._total is not None and done > 0.01 * (self._total - self._first):
-            left = f"{duration((self._total - self._step) * spent / done)} left"
+        # Before its first step a stage starts workers; that time says nothing about the steps to come.
+        if self._total is not None and self._from is not None and self._step > self._from[0]:
+            pace = (self._clock() - self._from[1]) / (self._step - self._from[0])
+            left = f"{duration((self._total - self._step) * pace)} left"
         return ", ".join(
             filter(None, [f"{self._stage}: step {self._step}{total}", _numbers(self._numbers), left])
         )

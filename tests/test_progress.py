@@ -53,11 +53,14 @@ def test_plain_lines_come_at_intervals_and_every_step_is_in_the_metrics(tmp_path
     assert written[-1]["event"] == "done" and written[-1]["seconds"] == 20
 
 
-def test_time_left_of_a_resumed_stage_is_reckoned_from_where_it_went_on() -> None:
+def test_time_left_is_reckoned_from_the_first_step_seen_not_from_the_start_of_workers() -> None:
     clock, out = Clock(), io.StringIO()
     progress = Progress(stream=out, clock=clock)
     progress.start("distill", 100, first=90)
-    clock.now = 10
+    clock.now = 60
+    progress.update(91)
+    assert out.getvalue().splitlines()[-1] == "distill: step 91/100"
+    clock.now = 68
     progress.update(95)
     assert out.getvalue().splitlines()[-1] == "distill: step 95/100, 10 s left"
 
