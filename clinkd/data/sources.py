@@ -87,7 +87,9 @@ def find_source(source: PhantomSpec | str | Path, images: Path | None = None) ->
 def _images_beside(folder: Path, images: Path | None) -> Path:
     found = Path(images) if images is not None else folder / "images"
     if not found.is_dir():
-        raise DataError(f"no images beside the questions ({found} is not a folder): give it with --images")
+        raise DataError(
+            f"no images beside the questions ({found} is not a folder): give it with data.images (--images)"
+        )
     return found
 
 
