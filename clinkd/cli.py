@@ -252,6 +252,24 @@ def sweep(
     typer.echo(table(search(load_config(path, overrides))))
 
 
+def show(
+    path: Path = typer.Argument(..., help="A folder that prepare made."),
+    out: Path = typer.Option(Path("sheet.png"), "--out", help="The sample sheet, PNG."),
+    count: int = typer.Option(16, "--count", min=1, max=100, help="Images on the sheet."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the choice."),
+) -> None:
+    """Print a prepared folder's counts and draw some of its images with their boxes.
+
+    Example: clinkd data show DIR --out sheet.png
+    """
+    from clinkd.data.shards import read_manifest
+    from clinkd.report.sheet import sample_sheet
+
+    typer.echo(console.account(read_manifest(path)))
+    shown = sample_sheet(path, out, count=count, seed=seed)
+    typer.echo(f"{shown} images: {out}")
+
+
 COMMANDS: tuple[Callable[..., None], ...] = (
     run,
     prepare,
@@ -268,6 +286,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 for _command in COMMANDS:
     app.command(_command.__name__)(_command)
+_data = typer.Typer(help="Look into prepared data.", no_args_is_help=True, rich_markup_mode=None)
+_data.command("show")(show)
+app.add_typer(_data, name="data")
 
 
 def main(arguments: list[str] | None = None) -> int:

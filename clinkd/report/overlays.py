@@ -62,7 +62,14 @@ class Budget:
 
 
 def overlay(image: bytes, marks: Iterable[Mark], side: int = SIDE) -> str:
-    """The image with its boxes as ``data:image/jpeg;base64,…``.
+    """The image with its boxes as ``data:image/jpeg;base64,…``. Raises ImageError as ``drawn`` does."""
+    buffer = io.BytesIO()
+    drawn(image, marks, side).save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def drawn(image: bytes, marks: Iterable[Mark], side: int = SIDE) -> Image.Image:
+    """The image, its longer side ``side`` pixels, with its boxes.
 
     Raises:
         ImageError: the bytes are no image, or one too large to open safely.
@@ -71,9 +78,7 @@ def overlay(image: bytes, marks: Iterable[Mark], side: int = SIDE) -> str:
     pen = ImageDraw.Draw(canvas)
     for mark in marks:
         _draw_mark(pen, canvas.size, mark)
-    buffer = io.BytesIO()
-    canvas.save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return canvas
 
 
 def _opened(image: bytes) -> Image.Image:
