@@ -12,9 +12,12 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,12 +78,14 @@ def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
 
 
 def _tune(run: Run) -> list[dict[str, Any]]:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
     import optuna
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
     from clinkd import cluster
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, options = run.config, run.config.sweep
     base = config.model_dump() | {
         "run": config.run.model_dump() | {"root": str(Path(config.run.root).resolve())}
@@ -112,12 +117,45 @@ def _tune(run: Run) -> list[dict[str, Any]]:
             run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
         )  # fmt: skip
     run.progress.start("sweep", options.trials)
-    results = tuner.fit()
+    with _count_trials(run, f"sqlite:///{folder}/study.db"):
+        results = tuner.fit()
     rows = [_row(results[number]) for number in range(len(results))]
     rows.sort(key=lambda row: (-(row["score"] if row["score"] is not None else -1), row["trial"]))
     run.progress.update(len(rows), record=False)
     run.progress.finish()
     return rows
+
+
+@contextlib.contextmanager
+def _count_trials(run: Run, storage: str) -> Iterator[None]:
+    """Shows the study's finished trials and the best score while Ray Tune works.
+
+    Read from the study: a callback of Ray Tune's would be pickled, and a progress view cannot be.
+    """
+    import optuna
+
+    stopped = threading.Event()
+
+    def look() -> None:
+        shown = 0
+        while not stopped.wait(2.0):
+            with contextlib.suppress(KeyError):  # the study is made with the first trial
+                study = optuna.load_study(study_name=run.config.run.name, storage=storage)
+                ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+                scores = [trial.value for trial in ended if trial.value is not None]
+                if len(ended) > shown:
+                    shown = len(ended)
+                    best = f", best {run.config.sweep.metric} {max(scores):.4g}" if scores else ""
+                    run.progress.say(f"sweep: {shown} of {run.config.sweep.trials} trials{best}")
+                    run.progress.update(shown, record=False)
+
+    watcher = threading.Thread(target=look, name="count trials", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        watcher.join()
 
 
 def _row(result: Any) -> dict[str, Any]:
