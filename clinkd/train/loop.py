@@ -105,19 +105,25 @@ class Worker:
         return self.world * self.job.optim.batch_size * self.job.optim.accumulation
 
     def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """(arguments, tokens, turns) of each accumulation step."""
+        """(arguments, tokens, samples) of each accumulation step.
+
+        Samples are the rows trained on (the guide: images), not those dealt: a curriculum holds some back.
+        """
         size = self.job.optim.batch_size
         for micro in range(self.job.optim.accumulation):
             groups = self.ledger.share(self.consumed + micro * self.world * size, self.rank, self.world, size)
-            yield *self.task.batch(groups, self.step, self.job.steps), sum(len(turns) for _, turns in groups)
+            arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
+            yield arguments, tokens, len(arguments.get("input_ids", groups))
 
     def _train_step(self) -> tuple[dict[str, float], float, int]:
-        """Sums of the losses, tokens and turns, all over all ranks."""
+        """Sums of the losses, tokens and samples, all over all ranks."""
         import torch
         import torch.distributed as dist
 
         batches = list(self._micro_batches())
-        counts = torch.tensor([[tokens, turns] for _, tokens, turns in batches], dtype=torch.float64).sum(0)
+        counts = torch.tensor([[tokens, samples] for _, tokens, samples in batches], dtype=torch.float64).sum(
+            0
+        )
         counts = counts.to(self.engine.device)
         dist.all_reduce(counts)
         count = counts[0].float()
