@@ -98,7 +98,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
             )
             turns = [asdict(turn) for turn in record.turns]
             yield {"id": record.id, "image": record.image, "modality": record.modality, "split": "",
-                   "png": png, "width": width, "height": height, "turns": turns}  # fmt: skip
+                   "png": png, "width": width, "height": height, "turns": turns,
+                   "more_images": [], "more_png": []}  # fmt: skip
 
     _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
     tally.close()

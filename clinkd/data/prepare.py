@@ -224,7 +224,7 @@ def _manifest(
     duplicates = sum(fact["duplicates"] for fact in facts)
     records_in = given.get("rows", records_out + quarantined + duplicates)
     manifest = {
-        "format": 1,
+        "format": 2,
         "source": source.describe(),
         "records_in": records_in,
         "records_out": records_out,

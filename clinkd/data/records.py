@@ -50,11 +50,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image and all that is asked about it. ``image`` is a bare file name, never a path."""
+    """One image and all that is asked about it. ``image`` is a bare file name, never a path.
+
+    ``more`` are the further images of a conversation about several; the model sees all of them, in order, at
+    the beginning of each question.
+    """
 
     id: str
     image: str
     turns: tuple[Turn, ...] = field(default=())
+    more: tuple[str, ...] = field(default=())
 
     @property
     def modality(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from clinkd.data.records import sample_id
 
 MANIFEST, SHARDS, QUARANTINE = "manifest.json", "shards", "quarantine.jsonl"
-LIGHT = ["id", "image", "modality", "split", "width", "height", "turns"]
+LIGHT = ["id", "image", "modality", "split", "width", "height", "turns", "more_images"]
 
 
 class DataError(ValueError):
@@ -30,6 +30,7 @@ def schema() -> Any:
     turn = pa.struct(
         [("task", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("trusted", pa.bool_())]
     )
+    other = pa.struct([("image", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
     return pa.schema(
         [
             ("id", pa.string()),
@@ -40,6 +41,9 @@ def schema() -> Any:
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("turns", pa.list_(turn)),
+            # A record's further images, in the order in which its conversation names them; mostly none.
+            ("more_images", pa.list_(other)),
+            ("more_png", pa.list_(pa.binary())),
         ]
     )
 

@@ -40,7 +40,7 @@ def prepare(run: Run) -> Artifact:
         run.progress.finish(records=manifest["records_out"], quarantined=manifest["quarantined"])
         return counts
 
-    return run.stage("prepare", [], settings, make)
+    return run.stage("prepare", [], settings, make, version=2)
 
 
 def _content(data: DataSection) -> str:
