@@ -84,7 +84,10 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
             records.append(_facts(good))
             yield _row(good)
 
-    _, digest = _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
+    if job["dry"]:
+        digest = f"dry, {sum(1 for _ in rows())} rows"
+    else:
+        _, digest = _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
     tally.save(work / f"quarantine-{number:05d}.jsonl")
     result = {
         "part": number,

@@ -33,7 +33,7 @@ from clinkd.data.shards import MANIFEST, QUARANTINE, SHARDS, DataError
 from clinkd.data.sources import Source, find_source, plan
 from clinkd.data.validate import Limits
 
-__all__ = ["DataError", "Source", "find_source", "prepare"]
+__all__ = ["DataError", "Source", "find_source", "prepare", "run"]
 
 WORK = ".work"
 """Folder under the output that holds what a run has done so far; gone when it is whole."""
@@ -52,6 +52,7 @@ def prepare(
     images_per_shard: int = 256,
     limits: Limits | None = None,
     strict: bool = False,
+    dry: bool = False,
     cpus: float = 0.5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def prepare(
         seed: of the split and of the templates' choices (phantoms have a seed of their own).
         test_fraction: share of the cases that goes to test, in [0, 1).
         strict: the first refused row is an error.
+        dry: check everything and write nothing but ``out/quarantine.jsonl``.
         cpus: Ray CPUs a part's task asks for.
 
     Returns:
@@ -69,17 +71,24 @@ def prepare(
 
     Raises:
         DataError: no such source, nothing usable in it, or (strict) a refused row.
+        OSError: a bucket could not be read or written, in spite of all tries; the same call goes on.
     """
     if not 0 <= test_fraction < 1:
         raise DataError(f"a test fraction of {test_fraction}: it has to be at least 0 and below 1")
     found, out = find_source(source, images), storage.absolute(storage.locate(out))
-    work = _begin(out)
+    work = _begin(out, dry)
     driver = parts.Tally()
-    base = {"kind": found.kind, "work": str(work), "seed": seed, "limits": asdict(limits or Limits())}
+    base = {
+        "kind": found.kind,
+        "work": str(work),
+        "seed": seed,
+        "limits": asdict(limits or Limits()),
+        "dry": dry,
+    }
     jobs, given = plan(found, base, images_per_shard, driver)
     census = Census(driver)
     facts = []
-    for fact in _in_order(_run(parts.check, jobs, cpus, "check", progress)):
+    for fact in _in_order(run(parts.check, jobs, cpus, "check", progress)):
         census.add(fact)
         facts.append(fact["sha256"])
     driver.save(work / "quarantine-driver.jsonl")
@@ -87,24 +96,28 @@ def prepare(
     reasons = driver.by_reason + census.by_reason
     _complain(found, out, reasons, census.records > 0, strict)
     census.settle(seed, test_fraction)
-    writing = _run(parts.write, _write_jobs(census, facts, work, out), cpus, "write", progress)
     manifest = _manifest(found, given, census, reasons)
     manifest |= {"seed": seed, "test_fraction": test_fraction, "leaks": census.leaks}
+    if dry:
+        storage.remove(work)
+        return manifest
+    writing = run(parts.write, _write_jobs(census, facts, work, out), cpus, "write", progress)
     manifest["shards"] = sorted(writing, key=lambda shard: shard["name"])
     _commit(manifest, out)
     return manifest
 
 
-def _begin(out: Path) -> Path:
+def _begin(out: Path, dry: bool) -> Path:
     """Takes away a former run's marker, not what it has done; returns the working folder."""
-    storage.remove(out / MANIFEST)
     work = out / WORK
-    for folder in (work, out / SHARDS):
-        storage.make_folder(folder)
+    storage.make_folder(work)
+    if not dry:
+        storage.remove(out / MANIFEST)
+        storage.make_folder(out / SHARDS)
     return work
 
 
-def _run(
+def run(
     task: Callable[[dict], dict], jobs: list[dict], cpus: float, name: str, progress: Progress | None
 ) -> Iterator[dict]:
     """Runs ``task`` on every job through Ray Data, one block a job; results in the order they come."""
@@ -124,11 +137,25 @@ def _run(
     with _quiet():
         items = [{"job": json.dumps(job)} for job in jobs]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=cpus)
-        for row in dataset.iter_rows():
-            done += 1
-            if progress is not None:
-                progress(name, done, len(jobs))
-            yield json.loads(row["result"])
+        try:
+            for row in dataset.iter_rows():
+                done += 1
+                if progress is not None:
+                    progress(name, done, len(jobs))
+                yield json.loads(row["result"])
+        except ray.exceptions.RayTaskError as error:
+            raise _outage(error) from error
+
+
+def _outage(error: Any) -> Exception:
+    """What stopped a task: an OSError of its own (a bucket that did not answer) is said as such."""
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    if cause is None:
+        return error
+    text = " ".join(str(cause).split())[:300]
+    return OSError(f"{text}; give the same command again and it goes on where it was")
 
 
 def _in_order(facts: Iterator[dict]) -> Iterator[dict]:

@@ -107,6 +107,13 @@ def _find(path: Path, images: Path | None) -> Source:
     return Source("medgrit", _images_beside(path, images), files)
 
 
+def told_by(source: Source) -> list[Path]:
+    """The files that say what a source holds."""
+    if source.kind == "samed2d":
+        return [source.root / samed2d.INDEX, source.root / samed2d.CLASSES]
+    return list(source.files)
+
+
 def _images_beside(folder: Path, images: Path | None) -> Path:
     found = images if images is not None else folder / "images"
     if not found.is_dir():

@@ -43,7 +43,8 @@ def save(root: Path, pixels: np.ndarray, code: str = "0003_000", mode: str | Non
 def test_a_mask_becomes_the_box_of_its_foreground(root: Path) -> None:
     pixels = mask((10, 20, 30, 40))
     for mode in ("L", "1", "P", "RGB", "RGBA"):
-        assert read_mask(Folder(root, Limits()), save(root, pixels, mode=mode), SIDE, SIDE) == (100, 200, 300, 400)
+        path = save(root, pixels, mode=mode)
+        assert read_mask(Folder(root, Limits()), path, SIDE, SIDE) == (100, 200, 300, 400)
     low = save(root, (pixels > 0).astype(np.uint8))  # foreground 1, not 255
     assert read_mask(Folder(root, Limits()), low, SIDE, SIDE) == (100, 200, 300, 400)
 
