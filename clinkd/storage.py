@@ -121,6 +121,8 @@ def read_stamped(path: Path, limit: int | None = None) -> tuple[bytes, str]:
         raise FileNotFoundError(str(path))
     _check_size(info["size"], limit)
     data = _fs(path).cat_file(_key(path), start=0, end=info["size"]) if info["size"] else b""
+    if len(data) != info["size"]:
+        raise OSError(f"{path}: {len(data)} bytes came of {info['size']}")
     return data, _remote_stamp(info)
 
 

@@ -131,31 +131,26 @@ def run(
 
     def call(row: dict[str, str]) -> dict[str, str]:
         storage.configure(endpoint)
-        return {"result": json.dumps(task(json.loads(row["job"])))}
+        try:
+            return {"result": json.dumps(task(json.loads(row["job"]))), "error": "", "kind": ""}
+        except (DataError, OSError) as error:  # told as a value: what Ray raises is pages long
+            text = " ".join(f"{error}".split())[:300] or type(error).__name__
+            kind = "data" if isinstance(error, DataError) else "storage"
+            return {"result": "", "error": text, "kind": kind}
 
     done = 0
     with _quiet():
         items = [{"job": json.dumps(job)} for job in jobs]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=cpus)
-        try:
-            for row in dataset.iter_rows():
-                done += 1
-                if progress is not None:
-                    progress(name, done, len(jobs))
-                yield json.loads(row["result"])
-        except ray.exceptions.RayTaskError as error:
-            raise _outage(error) from error
-
-
-def _outage(error: Any) -> Exception:
-    """What stopped a task: an OSError of its own (a bucket that did not answer) is said as such."""
-    cause = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if cause is None:
-        return error
-    text = " ".join(str(cause).split())[:300]
-    return OSError(f"{text}; give the same command again and it goes on where it was")
+        for row in dataset.iter_rows():
+            if row["kind"] == "data":
+                raise DataError(row["error"])
+            if row["error"]:
+                raise OSError(f"{row['error']}; give the same command again: it goes on where it was")
+            done += 1
+            if progress is not None:
+                progress(name, done, len(jobs))
+            yield json.loads(row["result"])
 
 
 def _in_order(facts: Iterator[dict]) -> Iterator[dict]:
