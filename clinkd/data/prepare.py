@@ -133,7 +133,9 @@ def run(
         storage.configure(endpoint)
         try:
             return {"result": json.dumps(task(json.loads(row["job"]))), "error": "", "kind": ""}
-        except (DataError, OSError) as error:  # told as a value: what Ray raises is pages long
+        except Exception as error:  # told as a value: what Ray raises is pages long
+            if not (isinstance(error, DataError) or storage.outage(error)):
+                raise
             text = " ".join(f"{error}".split())[:300] or type(error).__name__
             kind = "data" if isinstance(error, DataError) else "storage"
             return {"result": "", "error": text, "kind": kind}

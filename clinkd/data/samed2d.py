@@ -159,7 +159,8 @@ def read_mask(folder: Folder, mask: str, width: int, height: int) -> Box:
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RowError):
             raise
-        raise RowError("mask_unreadable", str(error)[:120]) from None
+        text = re.sub(r" ?<_io\S+ object at \w+>", "", str(error))  # an address would differ each time
+        raise RowError("mask_unreadable", text[:120]) from None
     share, border = float(pixels.mean()), np.r_[pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     if share > 0.5 and border.mean() > 0.99:
         raise RowError(

@@ -328,19 +328,20 @@ def test_no_patient_is_on_both_sides(tmp_path: Path) -> None:
 # SA-Med2D.
 
 
-def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
+def mask_folder(folder: Path) -> None:
+    """Six images with two good masks each, and masks that are bad in every way."""
     for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir(parents=True)
     spots = np.zeros((64, 64), np.uint8)
     spots[8:24, 8:24] = 255
     for number in range(6):
         stem = f"ct_00--D--p{number}--z_1"
-        Image.new("L", (64, 64), number).save(tmp_path / "images" / f"{stem}.png")
+        Image.new("L", (64, 64), number).save(folder / "images" / f"{stem}.png")
         for instance in range(2):
             Image.fromarray(spots.T if instance else np.roll(spots, 20 + number)).save(
-                tmp_path / "masks" / f"{stem}--0003_{instance:03d}.png"
+                folder / "masks" / f"{stem}--0003_{instance:03d}.png"
             )
-    masks, images = tmp_path / "masks", tmp_path / "images"
+    masks, images = folder / "masks", folder / "images"
     Image.new("L", (64, 64)).save(masks / "ct_00--D--p0--z_1--0004_000.png")  # empty
     Image.new("L", (64, 9)).save(masks / "ct_00--D--p1--z_1--0004_000.png")  # wrong size
     Image.fromarray(255 - spots).save(masks / "ct_00--D--p2--z_1--0004_000.png")  # inverted
@@ -350,6 +351,10 @@ def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
     Image.fromarray(spots).save(masks / "ct_00--D--p4--z_1--tumor.png")  # no class number
     (images / "ct_00--D--p5--z_1.png").write_bytes(b"no image")
     Image.new("L", (64, 64)).save(images / "ct_00--D--lonely--z_1.png")
+
+
+def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
+    mask_folder(tmp_path)
     manifest = prepare(tmp_path, tmp_path / "out", images_per_shard=2)
     adds_up(manifest, tmp_path / "out")
     assert manifest["by_reason"] == {
