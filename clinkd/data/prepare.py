@@ -250,10 +250,12 @@ def _manifest(source: Source, given: dict[str, int], census: Census, reasons: Co
 
 
 def _commit(manifest: dict[str, Any], out: Path) -> None:
-    """Takes away shards of a former run that are not this one's, writes the marker, and clears up."""
+    """Takes away what former runs left and is not this one's, writes the marker, and clears up."""
     kept = {shard["name"] for shard in manifest["shards"]}
-    for name in storage.names(out / SHARDS):
-        if name not in kept:
-            storage.remove(out / SHARDS / name)
+    for folder in (out, out / SHARDS):
+        for name in storage.names(folder):
+            stale = name not in kept if folder != out else name.startswith(".") and name.endswith(".tmp")
+            if stale:
+                storage.remove(folder / name)
     storage.write_whole(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     storage.remove(out / WORK)

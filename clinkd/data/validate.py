@@ -39,7 +39,9 @@ REASONS = {
     "bad_mode": "a pixel format other than grey, RGB or palette, 8 bits deep",
     "bad_shape": "an image too small, or too long for its width, for the vision tower",
     "path_escape": "an image name that leaves the images' folder",
-    "many_images": "a conversation about more than one image",
+    "no_image": "a record that says it has no image",
+    "many_images": "a conversation about more images than the limit",
+    "image_marks": "<image> marks whose number is not that of the images",
     "ambiguous_image": "two image files of one name in different folders",
     "unknown_modality": "an image name that begins with none of the eight modalities",
     "non_text": "a question or answer that is not text",
@@ -55,10 +57,13 @@ REASONS = {
     "duplicate_id": "an id already used for another image",
     "contradicting_answers": "one question with different answers",
     "box_broken": "a box that is not four integers",
+    "box_nan": "a box with a coordinate that is not finite",
     "box_out_of_range": "a box outside the 0-1000 grid",
     "box_inverted": "a box whose corners are swapped",
     "box_empty": "a box without area",
     "box_missing": "no box where the task needs one",
+    "box_without_image": "a box in a record that has no image",
+    "box_ambiguous_image": "a box in a conversation about several images: which one is not said",
     "mask_missing": "a listed mask file that is not there",
     "mask_orphan": "a mask without its image",
     "mask_unreadable": "a mask that cannot be decoded",
@@ -73,11 +78,13 @@ REASONS = {
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PREFIX = re.compile(r"^\s*(?:Picture \d+:\s*)?<img>(.*?)</img>[ \t]*\n?", re.S)
+_PREFIX = re.compile(r"^(?:\s*(?:Picture \d+:\s*)?<img>[^<]*</img>[ \t]*\n?)+")
 _MARKS = re.compile(r"</?ref>|<\|object_ref_(?:start|end)\|>|<image>\n?")
 _SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab and line feed
+# All controls but tab and line feed; line separators; what turns the direction of text or has no width.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u2069\ufeff]")
 _BOX = re.compile(r"<box>.*?</box>", re.S)
+_LONGEST_NAME = 1024
 
 
 class RowError(ValueError):
@@ -103,6 +110,7 @@ class Limits:
     min_side: int = 8  # pixels
     max_aspect: int = 200  # longer side over shorter; Qwen2-VL's processor refuses more
     max_chars: int = 8_000  # of one question or answer; the recipe cuts at 2,048 tokens
+    max_images: int = 8  # of one conversation
 
 
 def clean_text(value: object, limits: Limits) -> str:
@@ -117,6 +125,8 @@ def clean_text(value: object, limits: Limits) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("invalid_utf8", f"a lone surrogate at character {error.start}") from None
+    if "\ufffd" in value:
+        raise RowError("invalid_utf8", f"a replacement character at character {value.index(chr(0xFFFD))}")
     text = from_qwen(_MARKS.sub("", _PREFIX.sub("", value))).replace("\r\n", "\n")
     if len(text) > limits.max_chars:
         raise RowError("too_long", f"{len(text)} characters, at most {limits.max_chars}")
@@ -140,12 +150,17 @@ def infer_task(question: str, answer: str) -> str:
 
 
 def check_turn(
-    question: object, answer: object, task: str | None = None, limits: Limits | None = None
+    question: object,
+    answer: object,
+    task: str | None = None,
+    limits: Limits | None = None,
+    images: int = 1,
 ) -> Turn:
     """One question/answer pair as a ``Turn``.
 
     Args:
         task: the task the source names, or None to infer it.
+        images: how many images the question is about.
 
     Raises:
         RowError, BoxError: with the reason's code.
@@ -153,6 +168,8 @@ def check_turn(
     limits = limits or Limits()
     asked, answered = clean_text(question, limits), clean_text(answer, limits)
     in_question, in_answer = parse_boxes(asked), parse_boxes(answered)
+    if images > 1 and (in_question or in_answer):
+        raise RowError("box_ambiguous_image", f"{images} images")
     task = task or infer_task(asked, answered)
     if task not in TASKS:
         raise RowError("invalid_record", f"task {task!r}")
@@ -183,8 +200,10 @@ def check_name(name: str) -> str:
     """An id or file name that can be stored and printed on one line.
 
     Raises:
-        RowError: control_characters or invalid_utf8.
+        RowError: too_long, control_characters or invalid_utf8.
     """
+    if len(name) > _LONGEST_NAME:
+        raise RowError("too_long", f"a name of {len(name)} characters, at most {_LONGEST_NAME}")
     control = re.search("[\t\n]", name) or _CONTROL.search(name)
     if control:
         raise RowError("control_characters", f"U+{ord(control.group()):04X} in the name {name[:60]!r}")

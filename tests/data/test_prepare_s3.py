@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faulty_s3 import BUCKET, Faults, faulty_s3
+from malformed import write_corpus
 
 from clinkd import cli, cluster, storage
 from clinkd.data import shards
@@ -56,18 +57,16 @@ def same(uri: str, folder: Path) -> None:
 def test_a_bucket_that_fails_gives_the_same_bytes(
     bucket: str, server: tuple[str, Faults], tmp_path: Path
 ) -> None:
-    lab = tmp_path / "lab"
-    write_source(PhantomSpec(24, 64), lab)
-    broken = sorted((lab / "images").iterdir())[3]
-    broken.write_bytes(broken.read_bytes()[:300])
-    settings = {"images_per_shard": 6, "test_fraction": 0.25}
-    prepare(lab, tmp_path / "out", **settings)
-    send(lab, f"{bucket}/lab")
+    """The malformed corpus, with injected 500s, slow answers and connections that end in mid-answer."""
+    corpus = write_corpus(tmp_path / "lab", links=False)
+    prepare(corpus.path, tmp_path / "out", images_per_shard=50)
+    send(tmp_path / "lab", f"{bucket}/lab")
     faults = server[1]
-    faults.errors, faults.drops, faults.slow, faults.delay = 9, 13, 17, 0.5
-    prepare(f"{bucket}/lab", f"{bucket}/out", **settings)
+    faults.errors, faults.drops, faults.slow, faults.delay = 37, 53, 71, 0.5
+    manifest = prepare(f"{bucket}/lab/qa.jsonl", f"{bucket}/out", images_per_shard=50)
     faults.errors = faults.drops = faults.slow = 0
-    assert min(faults.seen["errors"], faults.seen["drops"], faults.seen["slow"]) >= 3
+    assert min(faults.seen["errors"], faults.seen["drops"], faults.seen["slow"]) >= 5, faults.seen
+    assert manifest["records_out"] == 1000 and manifest["by_reason"] == dict(sorted(corpus.reasons.items()))
     same(f"{bucket}/out", tmp_path / "out")
 
 
