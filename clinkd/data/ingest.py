@@ -9,7 +9,7 @@ Decisions:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,9 +40,14 @@ class RecordTable:
     def image(self, index: int) -> bytes:
         return bytes(self.table.column("png")[index].as_py())
 
+    def images(self, index: int) -> list[bytes]:
+        """All images of a record, in the order in which its questions show them."""
+        more = self.table.column("more_png")[index].as_py() if "more_png" in self.table.column_names else None
+        return [self.image(index), *(more or [])]
+
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of one record but its image's bytes."""
-        names = [name for name in self.table.column_names if name != "png"]
+        """All columns of one record but its images' bytes."""
+        names = [name for name in self.table.column_names if name not in ("png", "more_png")]
         return {name: self.table.column(name)[index].as_py() for name in names}
 
 
@@ -64,6 +69,29 @@ def open_table(path: Path) -> RecordTable:
     import pyarrow as pa
 
     return RecordTable(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+
+def pngs(row: Mapping[str, Any]) -> list[bytes]:
+    """All images of a shard's row, or of a batch's, whose lists may be arrays; in the record's order."""
+    more = row.get("more_png")
+    return [bytes(row["png"]), *(bytes(png) for png in (() if more is None else more))]
+
+
+def record_images(data: str | Path, ids: Collection[str]) -> dict[str, list[bytes]]:
+    """All images of the named records, by record id; records that are not there are left out."""
+    from clinkd.data.shards import open_parquet, shard_paths
+
+    wanted, found = set(ids), {}
+    for path in shard_paths(data):
+        with open_parquet(path) as file:
+            for group in range(file.num_row_groups):
+                listed = file.read_row_group(group, columns=["id"])["id"].to_pylist()
+                if not wanted.intersection(listed):  # no pixels are read in vain
+                    continue
+                for row in file.read_row_group(group, columns=["id", "png", "more_png"]).to_pylist():
+                    if row["id"] in wanted:
+                        found[row["id"]] = pngs(row)
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -60,9 +60,12 @@ class Labeller:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's batch of records to one row per sample."""
-        from clinkd.data.ingest import decode
+        from clinkd.data.ingest import decode, pngs
 
-        pictures = [self.processor(images=decode(bytes(png)), return_tensors="pt") for png in batch["png"]]
+        rows = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
+        pictures = [
+            self.processor(images=[decode(png) for png in pngs(row)], return_tensors="pt") for row in rows
+        ]
         asked = [
             _Asked(sample_id(record, number), row, turn)
             for row, (record, turns) in enumerate(zip(batch["id"], batch["turns"], strict=True))
@@ -81,7 +84,7 @@ class Labeller:
     def _encode(self, item: _Asked, pictures: list[Any], answer: str) -> tuple[list[int], list[int]]:
         from clinkd.model.chat import encode
 
-        tokens = int(pictures[item.row]["image_grid_thw"][0].prod()) // self.processor.merge_size**2
+        tokens = (pictures[item.row]["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
         return encode(self.tokenizer, item.turn["question"], answer, tokens)
 
     def _answer(self, items: list[_Asked], pictures: list[Any]) -> None:
@@ -143,14 +146,16 @@ class _Asked:
 
 
 def _images(items: list[_Asked], pictures: list[Any]) -> dict[str, Any]:
-    """The distinct images of some turns, and which of them each turn asks about."""
+    """The distinct images of some turns, and which of them each turn shows, turn after turn."""
     import torch
 
     rows = list(dict.fromkeys(item.row for item in items))
+    sizes = [len(pictures[row]["image_grid_thw"]) for row in rows]
+    own = dict(zip(rows, torch.arange(sum(sizes)).split(sizes), strict=True))
     return {
         "pixel_values": torch.cat([pictures[row]["pixel_values"] for row in rows]),
         "image_grid_thw": torch.cat([pictures[row]["image_grid_thw"] for row in rows]),
-        "image_index": torch.tensor([rows.index(item.row) for item in items]),
+        "image_index": torch.cat([own[item.row] for item in items]),
     }
 
 

@@ -1,10 +1,12 @@
 """The guide's scores of every (image, question), by Ray Data actors, and what the guide is worth.
 
 Decisions:
-- Raw scores (largest patch logit) are calibrated on the training split: a question with its own image
-  against the same question with another image of the batch.
-- Retrieval R@1 is measured on test regions: the mean logit of a region's patches has to be largest for
-  its own name among all names of the test split; chance is one over their number.
+- Raw scores are the largest patch logit over all of a record's images: a question about several is aligned
+  with them if one of them shows what it asks about. They are calibrated on the training split: a question
+  with its own images against the same question with another record's of the batch.
+- Retrieval R@1 is measured on test regions of records with one image (of several, no box may say which it
+  lies in): the mean logit of a region's patches has to be largest for its own name among all names of the
+  test split; chance is one over their number.
 """
 
 from __future__ import annotations
@@ -56,12 +58,17 @@ class Scorer:
         """Rows ``sample, split, own, other`` (raw scores) and, for regions of the test split, ``right``."""
         import torch
 
-        from clinkd.data.ingest import decode
+        from clinkd.data.ingest import decode, pngs
         from clinkd.model.guide import image_scores
 
-        images = [decode(bytes(png)) for png in batch["png"]]
-        seen = self.processor(images=images, return_tensors="pt")
-        counts = (seen["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
+        images = [
+            [decode(png) for png in pngs({key: batch[key][row] for key in batch})]
+            for row in range(len(batch["id"]))
+        ]
+        seen = self.processor(images=[image for shown in images for image in shown], return_tensors="pt")
+        grids = seen["image_grid_thw"].split([len(shown) for shown in images])
+        # Patches of each record: of all its images.
+        counts = [int(grid.prod(-1).sum()) // self.processor.merge_size**2 for grid in grids]
         texts = [_plain(turn["question"]) for turns in batch["turns"] for turn in turns]
         with torch.inference_mode():
             patches = self.guide.patches(seen["pixel_values"], seen["image_grid_thw"])
@@ -72,7 +79,9 @@ class Scorer:
         }
         column = 0
         for row, turns in enumerate(batch["turns"]):
-            regions, right = self._retrieved(list(turns), named[row], seen["image_grid_thw"][row])
+            regions = right = 0
+            if len(grids[row]) == 1:
+                regions, right = self._retrieved(list(turns), named[row], grids[row][0])
             for number in range(len(turns)):
                 out["sample"].append(sample_id(batch["id"][row], number))
                 out["split"].append(batch["split"][row])

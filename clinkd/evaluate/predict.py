@@ -1,7 +1,8 @@
 """A checkpoint's answers to prepared questions, by Ray Data actors.
 
 Decisions:
-- Rows are records: an image is decoded and seen by the vision tower once, whatever is asked about it.
+- Rows are records: an image is decoded and seen by the vision tower once, whatever is asked about it. All
+  images of a record stand in front of each of its questions.
 - Inside a batch prompts are sorted by length, so little is padded; answers go back to their samples by name.
 - Greedy by default: the published numbers are.
 """
@@ -58,11 +59,11 @@ class Answerer:
         return {key: [row[key] for row in answered] for key in keys}
 
     def answer(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        from clinkd.data.ingest import decode
+        from clinkd.data.ingest import decode, pngs
 
         asked = []
         for record in records:
-            picture = self.processor(images=decode(bytes(record["png"])), return_tensors="pt")
+            picture = self.processor(images=[decode(png) for png in pngs(record)], return_tensors="pt")
             for number, turn in enumerate(record["turns"]):
                 asked.append((self._prompt(turn["question"], picture), picture, record, number, turn))
         asked.sort(key=lambda item: (len(item[0]), item[2]["id"], item[3]))
@@ -72,7 +73,7 @@ class Answerer:
     def _prompt(self, question: str, picture: Any) -> list[int]:
         from clinkd.model.chat import encode
 
-        tokens = int(picture["image_grid_thw"][0].prod()) // self.processor.merge_size**2
+        tokens = (picture["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
         return encode(self.tokenizer, question, "", tokens)[0]
 
     def _answer_batch(self, asked: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
@@ -82,14 +83,15 @@ class Answerer:
 
         names = [sample_id(record["id"], number) for _, _, record, number, _ in asked]
         pictures = {record["id"]: picture for _, picture, record, _, _ in asked}
-        order = list(pictures)
+        sizes = [len(picture["image_grid_thw"]) for picture in pictures.values()]
+        own = dict(zip(pictures, torch.arange(sum(sizes)).split(sizes), strict=True))
         alignment = torch.tensor([[self.alignment[name]] for name in names]) if self.guided else None
         device = self.model.device
         answers = generate_answers(
             self.model, self.tokenizer, [prompt for prompt, *_ in asked],
             torch.cat([picture["pixel_values"] for picture in pictures.values()]).to(device),
             torch.cat([picture["image_grid_thw"] for picture in pictures.values()]).to(device),
-            [order.index(record["id"]) for _, _, record, _, _ in asked],
+            torch.cat([own[record["id"]] for _, _, record, _, _ in asked]),
             max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
             temperature=self.spec.temperature, num_return_sequences=self.spec.candidates,
             alignment=alignment, seed=self.spec.seed,

@@ -3,7 +3,9 @@
 Decisions:
 - The prompt is the tokenizer's own chat template; prompt and answer are tokenized apart, so training sees the
   cut between them just where generation starts.
-- Boxes are Qwen2-VL's box tokens in the model, ``<box>`` everywhere else.
+- Boxes are Qwen's box tokens in the model, ``<box>`` everywhere else; the unit inside (Qwen2-VL's grid, or
+  Qwen2.5-VL's pixels) is the codec's, and the grid where none is given.
+- All images of a record stand, in their order, in front of the question.
 - Control tokens that a question or answer spells out (``<|im_end|>``) are broken up with spaces: they stay
   readable, but text cannot end a turn or ask for an image.
 """
@@ -14,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from clinkd.data.boxes import from_qwen, to_qwen
+from clinkd.data.codecs import BoxCodec, GridCodec
 from clinkd.model.presets import IM_END, IMAGE, VISION_END, VISION_START
 
 if TYPE_CHECKING:
@@ -23,48 +25,59 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is no target."""
 _CONTROL = re.compile(r"<\|(\w+)\|>")
+_GRID = GridCodec()
 
 
-def _content(text: str) -> str:
-    return to_qwen(_CONTROL.sub(r"<| \1 |>", text))
+def _content(text: str, codec: BoxCodec = _GRID) -> str:
+    return codec.to_model(_CONTROL.sub(r"<| \1 |>", text))
 
 
-def prompt_text(tokenizer: Any, question: str) -> str:
-    """The turn that asks ``question`` about one image, its place one ``<|image_pad|>``."""
-    content = f"{VISION_START}{IMAGE}{VISION_END}{_content(question)}"
+def prompt_text(tokenizer: Any, question: str, images: int = 1, codec: BoxCodec = _GRID) -> str:
+    """The turn that asks ``question`` about ``images`` images, the place of each one ``<|image_pad|>``."""
+    content = f"{VISION_START}{IMAGE}{VISION_END}" * images + _content(question, codec)
     messages = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer: Any, question: str, answer: str, image_tokens: int) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: Any,
+    question: str,
+    answer: str,
+    image_tokens: int | Sequence[int],
+    codec: BoxCodec = _GRID,
+) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer.
 
     Args:
-        image_tokens: merged patches of the image, t * (h // 2) * (w // 2) of its grid.
+        image_tokens: merged patches of the image, t * (h // 2) * (w // 2) of its grid; or of each image.
+        codec: how the model spells boxes in this image.
 
     Returns:
-        The prompt's ids with the image's place widened to ``image_tokens``, and the answer's, the last of
-        them ``<|im_end|>``.
+        The prompt's ids with each image's place as wide as the image, and the answer's, the last of them
+        ``<|im_end|>``.
 
     Raises:
-        ValueError: an image without tokens.
+        ValueError: no image, or an image without tokens.
     """
-    if image_tokens < 1:
-        raise ValueError(f"chat: an image of {image_tokens} tokens")
-    prompt = prompt_text(tokenizer, question).replace(IMAGE, IMAGE * image_tokens, 1)
+    counts = [image_tokens] if isinstance(image_tokens, int) else list(image_tokens)
+    if not counts or min(counts) < 1:
+        raise ValueError(f"chat: an image of {min(counts, default=0)} tokens")
+    # No text can hold the image token (see ``_content``), so the places are the images' alone.
+    before, *rest = prompt_text(tokenizer, question, len(counts), codec).split(IMAGE)
+    prompt = before + "".join(IMAGE * count + text for count, text in zip(counts, rest, strict=True))
     return (
         tokenizer.encode(prompt, add_special_tokens=False),
-        tokenizer.encode(_content(answer) + IM_END, add_special_tokens=False),
+        tokenizer.encode(_content(answer, codec) + IM_END, add_special_tokens=False),
     )
 
 
-def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_answer(tokenizer: Any, ids: Sequence[int], codec: BoxCodec = _GRID) -> str:
     """Text of generated ids up to ``<|im_end|>`` or padding: boxes as ``<box>``, no other special tokens."""
     stops = {tokenizer.convert_tokens_to_ids(IM_END), tokenizer.pad_token_id}
     kept = list(map(int, ids))
     end = next((place for place, token in enumerate(kept) if token in stops), len(kept))
     text = tokenizer.decode(kept[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return _CONTROL.sub("", from_qwen(text)).strip()
+    return _CONTROL.sub("", codec.from_model(text)).strip()
 
 
 def collate(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinkd.data.codecs import BoxCodec, GridCodec
 from clinkd.model.chat import collate, decode_answer
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
 from clinkd.model.presets import IM_END
@@ -38,13 +39,15 @@ def generate_answers(
     alignment: Tensor | None = None,
     relevance: Tensor | None = None,
     seed: int | None = None,
+    codecs: Sequence[BoxCodec] | None = None,
 ) -> list[list[str]]:
-    """Answers to B prompts, each about one image.
+    """Answers to B prompts, each about one image or several.
 
     Args:
         prompts: token ids, as ``chat.encode`` makes them.
         pixel_values: [patches, values] and image_grid_thw: [images, 3] of the distinct images.
-        image_index: [B] the image of each prompt.
+        image_index: [vision segments] the images of each prompt, one prompt after the other; mostly one each.
+        codecs: how the model spells boxes in the image of each prompt, [B]; None: on the grid.
         do_sample: sample at ``temperature`` from the whole distribution, instead of the likeliest token.
         num_return_sequences: answers per prompt.
         alignment: [B, 1]. relevance: [merged patches over the prompts].
@@ -58,8 +61,10 @@ def generate_answers(
     if num_return_sequences > 1 and not do_sample:
         raise ValueError("generate: several answers per prompt need do_sample")
     index = torch.as_tensor(image_index, dtype=torch.long)
-    if len(index) != len(prompts):
-        raise ValueError(f"generate: {len(index)} image numbers for {len(prompts)} prompts")
+    start = model.config.vision_start_token_id
+    images = [list(prompt).count(start) for prompt in prompts]
+    if len(index) != sum(images):
+        raise ValueError(f"generate: {len(index)} image numbers for {sum(images)} images of the prompts")
     if not len(prompts):
         return []
     device, repeat = model.device, num_return_sequences
@@ -68,11 +73,13 @@ def generate_answers(
     grid = image_grid_thw.to(device)
     if relevance is not None:
         merge = model.config.vision_config.spatial_merge_size
-        counts = (grid[index.to(device)].prod(-1) // merge**2).tolist()
-        pieces = relevance.reshape(-1).split(counts)
+        counts = (grid[index.to(device)].prod(-1) // merge**2).split(images)
+        pieces = relevance.reshape(-1).split([int(count.sum()) for count in counts])
         relevance = torch.cat([piece for piece in pieces for _ in range(repeat)])
     if alignment is not None:
         alignment = alignment.to(device).repeat_interleave(repeat, dim=0)
+    # Each answer's images behind each other, as its prompt shows them.
+    shown = torch.cat([part for part in index.split(images) for _ in range(repeat)])
     training = model.training
     model.eval()
     try:
@@ -80,9 +87,7 @@ def generate_answers(
         with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            outputs, grids = model.encode_images(
-                grid, pixel_values.to(device), image_index=index.repeat_interleave(repeat)
-            )
+            outputs, grids = model.encode_images(grid, pixel_values.to(device), image_index=shown)
             written = model.generate(  # type: ignore[misc]
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
@@ -94,7 +99,9 @@ def generate_answers(
             )
     finally:
         model.train(training)
-    answers = [decode_answer(tokenizer, ids) for ids in written[:, batch["input_ids"].shape[1] :].tolist()]
+    spelled = [codec for codec in codecs or [GridCodec()] * len(prompts) for _ in range(repeat)]
+    new = written[:, batch["input_ids"].shape[1] :].tolist()
+    answers = [decode_answer(tokenizer, ids, codec) for ids, codec in zip(new, spelled, strict=True)]
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
 
 

@@ -10,7 +10,7 @@ Decisions:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,20 @@ def misses(
 
 
 def correction_records(
-    wrong: list[tuple[dict[str, Any], Verdict]], images: dict[str, bytes]
+    wrong: list[tuple[dict[str, Any], Verdict]], images: Mapping[str, Sequence[bytes]]
 ) -> list[dict[str, Any]]:
-    """Records that put each miss to the corrector: its question, the truth and the wrong answer."""
+    """Records that put each miss to the corrector: its question, the truth and the wrong answer.
+
+    Args:
+        images: all images of each record, by record id.
+    """
     records = []
     for row, _ in wrong:
         prompt = correction_prompt(row["question"], row["annotation"], row["responses"][0])
         turn = {"task": row["task"], "question": prompt, "answer": row["annotation"], "trusted": True}
+        first, *more = images[row["sample"].rpartition("#")[0]]
         records.append(
-            {"id": row["sample"], "image": row["image"], "png": images[row["image"]], "turns": [turn]}
+            {"id": row["sample"], "image": row["image"], "png": first, "more_png": more, "turns": [turn]}
         )
     return records
 

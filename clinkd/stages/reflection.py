@@ -53,7 +53,7 @@ def _round(run: Run, draft: Draft, model: Path, number: int) -> dict[str, Any]:
 
 def _collect(run: Run, folder: Path, model: Path, number: int) -> dict[str, Any]:
     """Predict, judge, correct, select; feedback.parquet is written last."""
-    from clinkd.data.shards import images
+    from clinkd.data.ingest import record_images
     from clinkd.reflect import rounds
     from clinkd.reflect.similarity import load_similarity
 
@@ -67,7 +67,7 @@ def _collect(run: Run, folder: Path, model: Path, number: int) -> dict[str, Any]
     )
     rows: list[dict[str, Any]] = []
     if wrong:
-        pictures = images(data, sorted({row["image"] for row, _ in wrong}))
+        pictures = record_images(data, {row["sample"].rpartition("#")[0] for row, _ in wrong})
         corrected = _corrections(run, rounds.correction_records(wrong, pictures), number)
         rows = rounds.choose(wrong, corrected, similarity, options)
     used = sum(row["source"] == "candidate" for row in rows)

@@ -7,6 +7,8 @@ Decisions:
   the same.
 - A patch belongs to the region that covers most of it, at least 30%; a region that covers no patch so
   far has the one it covers most.
+- Of a record with several images the first takes part: no box may say in which of them it lies, so there
+  are no regions to learn.
 - A patch also learns its region's box: each coordinate through a head of its own, and all four as a
   bag, in the rotated embedding space that the answering model's keys start in.
 """
@@ -82,12 +84,15 @@ class GuideTask(SupervisedTask):
         pairs = [region_pairs(self.table.turns(record)) for record in records]
         texts = list(dict.fromkeys(pair.phrase for found in pairs for pair in found))
         names = list(dict.fromkeys(pair.phrase for found in pairs for pair in found if pair.name))
-        grids = [(self.images[record][1] // torch.tensor([1, 2, 2])).tolist() for record in records]
+        shown = [_first(*self.images[record]) for record in records]
+        grids = [(grid // torch.tensor([1, 2, 2])).tolist() for _, grid in shown]
         targets = [_targets(found, texts, names, grid) for found, grid in zip(pairs, grids, strict=True)]
         sizes = [rows * columns for _, rows, columns in grids]
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        inputs = self.pictures([(record, (0,)) for record in records])
-        inputs.pop("image_index")
+        inputs = {
+            "pixel_values": torch.cat([values for values, _ in shown]),
+            "image_grid_thw": torch.stack([grid for _, grid in shown]),
+        }
         ids = self.tokenizer([f" {text}" for text in texts] or [" "], padding=True, padding_side="right",
                              return_tensors="pt")  # fmt: skip
         owners = [owner for target in targets for owner in target["owners"]]
@@ -124,6 +129,11 @@ class GuideTask(SupervisedTask):
         guide.load_state_dict(own)
         save_model(model, self.tokenizer, self.processor, out)
         save_guide(guide, out, {"cover": COVER})
+
+
+def _first(values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches and grid [3] of the first of a record's images."""
+    return values[: int(grids[0].prod())], grids[0]
 
 
 def _targets(pairs: list[Pair], texts: list[str], names: list[str], grid: list[int]) -> dict[str, Any]:

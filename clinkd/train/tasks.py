@@ -1,7 +1,8 @@
 """What the answering stages train on: turns as batches, and the losses over their answer tokens.
 
 Decisions:
-- Questions that share an image share its vision tower pass: a batch names its distinct images once.
+- Questions that share an image share its vision tower pass: a batch names its distinct images once. A
+  record's images all stand in front of each of its questions.
 - The language model's head meets answer tokens alone; sums leave the module, the loop divides them.
 - Under ZeRO-3 the head is registered as an external parameter of the loss module, so it is gathered
   once a step.
@@ -51,12 +52,13 @@ class ImageStore:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor]:
-        """([patches, values], grid [3])."""
+        """([patches of all its images, values], grids [images, 3])."""
         if record not in self._kept:
-            found = self.processor(images=decode(self.table.image(record)), return_tensors="pt")
+            images = [decode(png) for png in self.table.images(record)]
+            found = self.processor(images=images, return_tensors="pt")
             if len(self._kept) >= self.keep:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[record] = (found["pixel_values"], found["image_grid_thw"][0])
+            self._kept[record] = (found["pixel_values"], found["image_grid_thw"])
         return self._kept[record]
 
 
@@ -135,9 +137,9 @@ class SupervisedTask:
     def encoded(self, record: int, turn: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one turn."""
         if (record, turn) not in self._encoded:
-            grid = self.images[record][1]
+            grids = self.images[record][1]
             asked = self.table.turns(record)[turn]
-            tokens = int(grid.prod()) // self.processor.merge_size**2
+            tokens = (grids.prod(-1) // self.processor.merge_size**2).tolist()
             answer = self.answer(record, turn)
             self._encoded[record, turn] = encode(self.tokenizer, asked["question"], answer, tokens)
         return self._encoded[record, turn]
@@ -164,13 +166,15 @@ class SupervisedTask:
         return inside & torch.isin(labels, self.numbers)
 
     def pictures(self, groups: list[Group]) -> dict[str, Tensor]:
-        """Pixel values and grids of the distinct images, and which image each row asks about."""
+        """Pixel values and grids of the distinct images, and which of them each row shows, row after row."""
         records = list(dict.fromkeys(record for record, _ in groups))
         found = [self.images[record] for record in records]
-        index = [records.index(record) for record, turns in groups for _ in turns]
+        sizes = [len(grids) for _, grids in found]
+        own = dict(zip(records, torch.arange(sum(sizes)).split(sizes), strict=True))
+        index = [number for record, turns in groups for _ in turns for number in own[record].tolist()]
         return {
             "pixel_values": torch.cat([values for values, _ in found]),
-            "image_grid_thw": torch.stack([grid for _, grid in found]),
+            "image_grid_thw": torch.cat([grids for _, grids in found]),
             "image_index": torch.tensor(index),
         }
 

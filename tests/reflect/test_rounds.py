@@ -51,9 +51,9 @@ def test_misses_are_counted_by_reason_and_the_worst_come_first() -> None:
 
 def test_the_corrector_sees_question_truth_and_wrong_answer() -> None:
     wrong, _ = misses([row("b", f"It is at {FAR}.")], RougeSimilarity(), ReflectSection())
-    (record,) = correction_records(wrong, {"b.png": b"png"})
+    (record,) = correction_records(wrong, {"b": [b"png", b"other"]})
     prompt = record["turns"][0]["question"]
-    assert record["id"] == "b#0" and record["png"] == b"png"
+    assert record["id"] == "b#0" and (record["png"], record["more_png"]) == (b"png", [b"other"])
     assert all(part in prompt for part in ("Where is the liver?", NEAR, FAR))
 
 

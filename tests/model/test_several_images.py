@@ -1,0 +1,284 @@
+"""Questions about several images: all are seen, in order, by everything that shows a model a record."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+from clinkd.data.codecs import PixelCodec
+from clinkd.data.ingest import decode
+from clinkd.data.phantoms import PhantomSpec, draw
+from clinkd.data.shards import schema
+from clinkd.model import chat, presets
+from clinkd.model.clinkd_qwen2vl import load_model
+from clinkd.model.generate import generate_answers
+from clinkd.model.rope import RopeGuidance
+
+torch.set_num_threads(1)
+SIZE = presets.TinySize(hidden=64, layers=2, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
+SPEC = PhantomSpec(6, size=112)
+
+
+def shown(index: int) -> bytes:
+    """Images of two shapes, so that a mixed-up order does not go unseen."""
+    buffer = io.BytesIO()
+    decode(draw(SPEC, index)[0]).crop((0, 0, 112, 48 if index % 2 else 112)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(name: str, *images: int) -> dict[str, Any]:
+    """A row of a shard: two turns about the named phantoms."""
+    turns = [
+        {"task": "mia", "question": "What do they show?", "answer": "The liver.", "trusted": True},
+        {"task": "mia", "question": "Which is larger?", "answer": "The left kidney is.", "trusted": True},
+    ]
+    first, *more = images
+    others = [{"image": f"ct_{image}.png", "width": 56, "height": 56} for image in more]
+    return {
+        "id": name, "image": f"ct_{first}.png", "modality": "ct", "split": "train", "png": shown(first),
+        "width": 56, "height": 56, "turns": turns, "more_images": others,
+        "more_png": [shown(image) for image in more],
+    }  # fmt: skip
+
+
+ROWS = [row("a", 0), row("b", 1, 2), row("c", 3), row("d", 2, 1, 4), row("e", 2, 1)]
+
+
+def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [one[key] for one in rows] for key in rows[0]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = [draw(SPEC, index)[1] for index in range(6)]
+    texts = [text for record in records for turn in record.turns for text in (turn.question, turn.answer)]
+    out = tmp_path_factory.mktemp("model")
+    return presets.write_new_model(texts, SIZE, out, vocab_size=500, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What trains: rows A to E from a shard, through Ray Data, with guidance by pair."""
+    import pyarrow as pa
+    import ray.data
+
+    from clinkd.data.scores import FILE, write_scores
+    from clinkd.train.tasks import SupervisedTask, VqaSpec
+
+    scratch = tmp_path_factory.mktemp("scratch")
+    names = [f"{one['id']}#{turn}" for one in ROWS for turn in range(2)]
+    write_scores(names, [number / 10 for number in range(len(names))], scratch)
+    rows = ray.data.from_arrow(pa.Table.from_pylist(ROWS, schema()))
+    guidance = RopeGuidance(1.5, 2.0, gamma=0.5, mode="pair")
+    return SupervisedTask(rows, scratch, VqaSpec(str(folder), guidance, True, scores=str(scratch / FILE)))
+
+
+# Text.
+
+
+def test_every_image_has_its_place_in_front_of_the_question(tokenizer: Any) -> None:
+    pad, start = (tokenizer.convert_tokens_to_ids(token) for token in (presets.IMAGE, presets.VISION_START))
+    prompt, _ = chat.encode(tokenizer, "Which is larger?", "", [2, 3])
+    places = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    places += "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>Which is larger?"
+    assert places in tokenizer.decode(prompt)
+    assert (prompt.count(pad), prompt.count(start)) == (5, 2)
+
+
+def test_one_image_is_told_as_ever(tokenizer: Any) -> None:
+    assert chat.encode(tokenizer, "Where?", "There.", [4]) == chat.encode(tokenizer, "Where?", "There.", 4)
+
+
+@pytest.mark.parametrize("counts", [[], [3, 0], 0])
+def test_an_image_without_tokens_is_an_error(tokenizer: Any, counts: Any) -> None:
+    with pytest.raises(ValueError, match="image of 0 tokens"):
+        chat.encode(tokenizer, "Where?", "", counts)
+
+
+def test_boxes_go_in_and_come_out_in_the_codecs_unit(tokenizer: Any) -> None:
+    codec = PixelCodec(560, 1120)
+    question, answer = "What is at <box>(100,200),(300,400)</box>?", "It is at <box>(0,0),(1000,1000)</box>."
+    prompt, ids = chat.encode(tokenizer, question, answer, 3, codec)
+    assert "<|box_start|>(56,224),(168,448)<|box_end|>" in tokenizer.decode(prompt)
+    assert "(560,1120)" in tokenizer.decode(ids)
+    assert chat.decode_answer(tokenizer, ids, codec) == answer
+
+
+# The model.
+
+
+@torch.no_grad()
+def test_logits_about_two_images_are_those_of_transformers(folder: Path, tokenizer: Any) -> None:
+    processor = AutoImageProcessor.from_pretrained(folder)
+    found = processor(images=[decode(shown(1)), decode(shown(2))], return_tensors="pt")
+    counts = (found["image_grid_thw"].prod(-1) // 4).tolist()
+    assert found["image_grid_thw"][0].tolist() != found["image_grid_thw"][1].tolist()
+    prompt, answer = chat.encode(tokenizer, "Which is larger?", "The liver.", counts)
+    ids = torch.tensor([[*prompt, *answer]])
+    ours = load_model(folder, RopeGuidance()).eval()
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+    wanted = theirs(
+        input_ids=ids, mm_token_type_ids=(ids == ours.config.image_token_id).int(), **found
+    ).logits
+    hidden = ours.forward_hidden(ids, torch.ones_like(ids), found["image_grid_thw"], found["pixel_values"])
+    torch.testing.assert_close(ours.lm_head(hidden), wanted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_trains_on_what_each_row_shows_alone(task: Any) -> None:
+    model = task.load().eval()
+
+    def states(groups: list) -> list[torch.Tensor]:
+        inputs, _ = task.batch(groups, 0, 1)
+        labels = inputs.pop("labels")
+        hidden = model.forward_hidden(**inputs)
+        return [hidden[number][labels[number] != -100] for number in range(len(labels))]
+
+    mixed = states([(0, (0, 1)), (1, (1,)), (3, (0,)), (2, (0,)), (4, (1, 0)), (1, (0,))])
+    asked = [(0, 0), (0, 1), (1, 1), (3, 0), (2, 0), (4, 1), (4, 0), (1, 0)]
+    for found, (record, turn) in zip(mixed, asked, strict=True):
+        (alone,) = states([(record, (turn,))])
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+    # The same images in another order are another question.
+    assert not torch.allclose(mixed[2], mixed[5], atol=1e-3)
+
+
+def test_a_batch_names_each_image_once(task: Any) -> None:
+    pictures = task.pictures([(1, (0, 1)), (0, (0,)), (3, (1,))])
+    assert pictures["image_index"].tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert len(pictures["image_grid_thw"]) == 6
+    assert len(pictures["pixel_values"]) == int(pictures["image_grid_thw"].prod(-1).sum())
+
+
+@torch.no_grad()
+def test_alignment_is_a_rows_and_guides_all_its_images(task: Any) -> None:
+    """Pair guidance widens the gap before each image of the row, and no other row's."""
+    inputs, _ = task.batch([(0, (0,)), (1, (0,))], 0, 1)
+    model = task.load()
+    grids = inputs["image_grid_thw"][inputs["image_index"]]
+
+    def reached(low: float, high: float) -> list[float]:
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"], image_grid_thw=grids, attention_mask=inputs["attention_mask"],
+            alignment=torch.tensor([[low], [high]]),
+        )  # fmt: skip
+        return positions.amax((0, 2)).tolist()
+
+    aligned, strange = reached(1.0, 1.0), reached(1.0, 0.0)
+    assert aligned[0] == strange[0]
+    assert strange[1] - aligned[1] == pytest.approx(2 * 2 * 0.5 * 2.0)  # 2 images, 2 gaps, gamma, lambda_w
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_generation_with_images_of_several_rows(folder: Path, tokenizer: Any, task: Any, repeat: int) -> None:
+    model = load_model(folder, RopeGuidance(1.5, 2.0)).eval()
+    groups = [(1, (0,)), (0, (1,)), (3, (0,)), (4, (0,))]
+    options = {"max_new_tokens": 8, "do_sample": repeat > 1, "num_return_sequences": repeat, "seed": 3}
+
+    def answers(chosen: list, new: dict) -> list[list[str]]:
+        prompts = [task.encoded(record, turn)[0] for record, turns in chosen for turn in turns]
+        shown = task.pictures(chosen)
+        return generate_answers(
+            model, tokenizer, prompts, shown["pixel_values"], shown["image_grid_thw"], shown["image_index"],
+            **new,
+        )  # fmt: skip
+
+    together = answers(groups, options)
+    assert [len(found) for found in together] == [repeat] * 4
+    if repeat == 1:
+        assert together == [answers([group], options)[0] for group in groups]
+    with pytest.raises(ValueError, match="5 image numbers for 4 images"):
+        shown = task.pictures([(1, (0,)), (3, (0,))])
+        generate_answers(
+            model, tokenizer, [task.encoded(1, 0)[0]] * 2, shown["pixel_values"], shown["image_grid_thw"],
+            shown["image_index"], max_new_tokens=1,
+        )  # fmt: skip
+
+
+# Who shows records to a model.
+
+
+def test_predictions_are_the_same_alone_and_in_company(folder: Path) -> None:
+    from clinkd.evaluate.predict import Answerer, PredictSpec
+
+    answerer = Answerer(PredictSpec(str(folder), batch_size=4, max_new_tokens=6))
+    together = {found["sample"]: found["responses"] for found in answerer.answer(ROWS)}
+    alone = {found["sample"]: found["responses"] for one in ROWS for found in answerer.answer([one])}
+    assert len(together) == 10 and together == alone
+
+
+def test_ray_datas_batches_bring_all_images(folder: Path, ray_session: None) -> None:
+    """Lists of bytes come back from Arrow as arrays, also where no row has a second image."""
+    import ray.data
+
+    from clinkd.evaluate.predict import PredictSpec, predict
+
+    spec = PredictSpec(str(folder), max_new_tokens=3)
+    plain = {key: ROWS[0][key] for key in ("id", "image", "png", "turns", "more_png")}
+    for rows in (ROWS, [plain]):
+        found = list(predict(ray.data.from_items(rows, override_num_blocks=1), spec, actors=1))
+        assert len(found) == 2 * len(rows)
+
+
+def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path) -> None:
+    from clinkd.distill.teacher_cache import Labeller, LabelSpec
+
+    labeller = Labeller(LabelSpec(str(folder), hidden_share=0.5, max_new_tokens=4))
+    together = labeller(as_batch(ROWS))
+    assert set(together["source"]) == {"truth", "teacher"}
+    for at in range(len(ROWS)):
+        alone = labeller(as_batch(ROWS[at : at + 1]))
+        for turn in range(2):
+            number = together["sample"].index(alone["sample"][turn])
+            assert together["answer"][number] == alone["answer"][turn]
+            states = [
+                torch.frombuffer(bytearray(found["hidden"][place]), dtype=torch.float16)
+                for found, place in ((together, number), (alone, turn))
+            ]
+            torch.testing.assert_close(*states, atol=5e-3, rtol=5e-3)
+
+
+def test_the_guides_score_is_that_of_the_image_that_shows_it_best(folder: Path, tmp_path: Path) -> None:
+    from clinkd.evaluate.alignment import Scorer, ScoreSpec
+    from clinkd.model.guide import Guide, save_guide
+
+    model = load_model(folder)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    save_guide(Guide(model), tmp_path, {})
+    scorer = Scorer(ScoreSpec(str(tmp_path), names=("liver", "spleen")))
+    found = scorer(as_batch([row("one", 1), row("other", 2), row("both", 1, 2)]))
+    one, other, both = (found["own"][at : at + 2] for at in (0, 2, 4))
+    assert both == pytest.approx([max(pair) for pair in zip(one, other, strict=True)], abs=1e-5)
+    assert one != pytest.approx(other, abs=1e-5)
+
+
+def test_the_images_of_a_record_are_found_in_the_shards(tmp_path: Path, ray_session: None) -> None:
+    import json
+
+    from clinkd.data.ingest import record_images
+    from clinkd.data.prepare import prepare
+
+    (tmp_path / "images").mkdir()
+    names = [f"ct_00--D--p{index}--z.png" for index in range(4)]
+    for index, name in enumerate(names):
+        (tmp_path / "images" / name).write_bytes(shown(index))
+    talk = [["What do they show?", "Livers."]]
+    rows = [{"id": "both", "images": names[:2], "conversations": talk}]
+    rows += [{"image": name, "conversations": talk} for name in names[2:]]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    prepare(tmp_path, tmp_path / "out")
+    assert record_images(tmp_path / "out", {"both", names[2][:-4], "nobody"}) == {
+        "both": [shown(0), shown(1)],
+        names[2][:-4]: [shown(2)],
+    }
