@@ -29,6 +29,15 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from clinkd.model.rope import RopeGuidance, guided_rope_index
 
+_PUBLISHED_NAMES = {
+    r"^visual": "model.visual",
+    r"^model(?!\.(language_model|visual))": "model.language_model",
+}
+"""Weights' names in Qwen2-VL's published folders, and in what plain transformers saves, to the module's own.
+
+transformers renames them for its own classes alone, and starts at random what it does not find.
+"""
+
 
 def guidance_of(config: Any) -> RopeGuidance:
     """The guidance a config carries; M-RoPE where it carries none."""
@@ -281,8 +290,17 @@ def load_model(
 
     Args:
         guidance: takes the place of the folder's; None: the folder's own, M-RoPE where it has none.
+
+    Raises:
+        ValueError: weights that the folder has not; transformers alone would start them at random.
     """
-    model = ClinKDForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    loaded: Any = ClinKDForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, key_mapping=_PUBLISHED_NAMES, output_loading_info=True
+    )
+    model, found = loaded
+    if found["missing_keys"]:
+        few = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ValueError(f"clinkd model: {path} lacks {len(found['missing_keys'])} weights ({few}, ...)")
     model.config.rope_guidance = asdict(guidance if guidance is not None else guidance_of(model.config))
     return model
 

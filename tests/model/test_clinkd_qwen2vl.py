@@ -122,6 +122,24 @@ def test_questions_that_share_an_image_share_its_tower_pass(tokenizer, batch):
     torch.testing.assert_close(given, shared, atol=1e-5, rtol=0)
 
 
+def test_a_folder_that_plain_transformers_wrote_is_loaded_whole(tokenizer, tmp_path):
+    """Its weights have the published checkpoints' names; the text layers would else start at random."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(8)
+    base = Qwen2VLForConditionalGeneration(presets.tiny_config(SIZE, tokenizer))
+    base.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.mlp.up_proj.weight" in stored and "visual.merger.ln_q.weight" in stored
+    loaded = load_model(tmp_path).state_dict()
+    assert loaded.keys() == base.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in base.state_dict().items())
+    stored.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights"):
+        load_model(tmp_path)
+
+
 def test_images_come_once_in_one_form(tokenizer, batch):
     with pytest.raises(ValueError, match="either"):
         hidden(make(tokenizer), batch, pixel_values=None)
