@@ -108,6 +108,7 @@ def _medgrit(job: dict[str, Any], folder: Folder, tally: Tally) -> Iterator[Good
         tally.rows += entry.rows
         paths = (entry.image, *entry.more)
         groups.setdefault(tuple(spelling(path, folder.root) for path in paths), []).append(entry)
+    folder.expect(path for entries in groups.values() for path in (entries[0].image, *entries[0].more))
     for entries in groups.values():
         paths = (entries[0].image, *entries[0].more)
         try:
@@ -210,8 +211,9 @@ def _stored_turns(
 
 
 def _samed2d(job: dict[str, Any], folder: Folder, tally: Tally) -> Iterator[Good]:
-    names = samed2d.class_names(folder.root)
-    for row in _job_rows(job):
+    names, rows = samed2d.class_names(folder.root), list(_job_rows(job))
+    folder.expect(path for row in rows for path in (row["image"], *row["masks"]) if path)
+    for row in rows:
         image, masks = row["image"], row["masks"]
         place = {"where": row["where"], "image": image}
         try:

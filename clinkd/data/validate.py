@@ -18,6 +18,9 @@ import errno
 import io
 import re
 import warnings
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -85,6 +88,8 @@ _SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u2069\ufeff]")
 _BOX = re.compile(r"<box>.*?</box>", re.S)
 _LONGEST_NAME = 1024
+FETCHED_AHEAD = 16
+"""Files of a bucket that are on their way at one time."""
 
 
 class RowError(ValueError):
@@ -245,13 +250,22 @@ def resolve(root: Path, name: str) -> list[Path]:
 class Folder:
     """A folder that files are read from by names a stranger wrote; ``seen`` keeps what each file was.
 
-    On a bucket a file that cannot be read for another reason than not being there raises OSError: an outage
-    is no row's fault.
+    From a bucket, whose answers take their time, the next files of ``expect`` are fetched ahead. There a file
+    that cannot be read for another reason than not being there raises OSError: an outage is no row's fault.
     """
 
     def __init__(self, root: Path, limits: Limits) -> None:
         self.root, self.limits = root, limits
         self.seen: dict[str, str | None] = {}
+        self._coming: deque[str] = deque()
+        self._fetched: dict[str, Future[tuple[bytes, str]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Files that will be read, in about this order."""
+        if storage.is_remote(self.root):
+            self._coming = deque(dict.fromkeys(names))
+            self._pool = self._pool or ThreadPoolExecutor(FETCHED_AHEAD)
 
     def read(self, name: str) -> bytes:
         """The bytes of file ``name``.
@@ -259,23 +273,32 @@ class Folder:
         Raises:
             RowError: missing_image, unreadable_image, too_many_bytes; those of ``resolve``.
         """
+        if name in self._fetched:  # what was to come before it is not wanted any more
+            for passed in list(self._fetched)[: list(self._fetched).index(name)]:
+                del self._fetched[passed]
+        while self._pool and self._coming and len(self._fetched) < FETCHED_AHEAD:
+            ahead = self._coming.popleft()
+            self._fetched[ahead] = self._pool.submit(self._fetch, ahead)
+        future = self._fetched.pop(name, None)
+        self.seen[name] = None
         try:
-            for path in resolve(self.root, name):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                    data, self.seen[name] = storage.read_stamped(path, self.limits.max_bytes)
-                    return data
+            data, self.seen[name] = future.result() if future else self._fetch(name)
         except OverflowError as error:
-            self.seen[name] = None
             raise RowError("too_many_bytes", str(error)) from None
+        except FileNotFoundError:
+            raise RowError("missing_image", repr(name[:120])) from None
         except OSError as error:
-            self.seen[name] = None
             if storage.is_remote(self.root):
                 raise
-            long = error.errno == errno.ENAMETOOLONG
-            code = "missing_image" if long else "unreadable_image"
+            code = "missing_image" if error.errno == errno.ENAMETOOLONG else "unreadable_image"
             raise RowError(code, f"{name[:120]!r}: {error.strerror}") from None
-        self.seen[name] = None
-        raise RowError("missing_image", repr(name[:120]))
+        return data
+
+    def _fetch(self, name: str) -> tuple[bytes, str]:
+        for path in resolve(self.root, name):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return storage.read_stamped(path, self.limits.max_bytes)
+        raise FileNotFoundError(name)
 
     def unchanged(self, seen: dict[str, str | None]) -> bool:
         """Whether the files are what they were when a former run read them."""
