@@ -5,29 +5,34 @@ Decisions:
   way. Qwen2-VL: integers on the 0-1000 grid. Qwen2.5-VL: integer pixels of the *resized* image, so a box has
   no meaning without that size.
 - The grid does not change when an image is resized, so what any model is shown needs no correction there.
-- Pixels are rounded to the nearest. To pixels and back is exact within one grid step where the resized side
-  has 334 pixels or more; a smaller one has pixels of more than three grid steps, and the error is half a
-  pixel. A box narrower than a pixel becomes one pixel wide. From pixels to the grid and back is exact up to
+- Whole pixels, rounded to the nearest, take the grid there and back within one grid step wherever they can:
+  every box from 501 pixels a side on, boxes at least a pixel wide from 334 on. On a smaller side of n pixels
+  no rounding helps: such a box comes back within 500 / n + 1/2 steps, one thinner than a pixel, which becomes
+  one pixel wide, within 1000 / n. Who wants a step there too makes the images larger (``min_pixels``) or
+  takes ``subpixel``: as many decimals as one grid step needs. From pixels to the grid and back is exact up to
   1,000 pixels a side.
 - What a model says in pixels beyond its image is not moved: it comes out as a bad grid box and counts as one.
+- A span that cannot be read stays as it stands, either way: the corrector is shown a student's broken box.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from clinkd.data.boxes import GRID, format_box, from_qwen, parse_boxes, to_qwen
+from clinkd.data.boxes import GRID, format_box, from_qwen, to_qwen
 
 Spelling = Literal["grid", "pixels"]
 MODEL_SPELLING: dict[str, Spelling] = {"qwen2_vl": "grid", "qwen2_5_vl": "pixels"}
 """By the ``model_type`` of a checkpoint's config.json."""
 
-_SPAN = re.compile(
-    r"<box>\s*\((-?[0-9]{1,9}),\s*(-?[0-9]{1,9})\)\s*,\s*\((-?[0-9]{1,9}),\s*(-?[0-9]{1,9})\)\s*</box>"
-)
+WHOLE = 501
+"""Pixels a side from which whole pixels hold every box to one grid step."""
+_NUMBER = r"\s*(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*"
+_SPAN = re.compile(rf"<box>\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*</box>")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class BoxCodec:
 
     Args:
         width, height: of the image as the model sees it (``smart_resize``); unused on the grid.
+        subpixel: decimals on sides where whole pixels are coarser than the grid.
 
     Raises:
         ValueError: an unknown spelling, or pixels without a size.
@@ -44,6 +50,7 @@ class BoxCodec:
     spelling: Spelling = "grid"
     width: int = 0
     height: int = 0
+    subpixel: bool = False
 
     def __post_init__(self) -> None:
         if self.spelling not in ("grid", "pixels"):
@@ -52,41 +59,54 @@ class BoxCodec:
             raise ValueError(f"box codec: pixels need the image's size, not {self.width} x {self.height}")
 
     def encode(self, text: str) -> str:
-        """Med-GRIT's text as the model's, with Qwen's box tokens.
-
-        Raises:
-            BoxError: a bad box in ``text``, where it has to be converted.
-        """
-        if self.spelling == "pixels":
-            boxes = iter(parse_boxes(text))
-            text = re.sub(
-                r"<box>.*?</box>", lambda _: format_box(self._pixels(next(boxes))), text, flags=re.S
-            )
-        return to_qwen(text)
+        """Med-GRIT's text as the model's, with Qwen's box tokens; spans that are no box stay as they are."""
+        return to_qwen(_respelled(text, self._written) if self.spelling == "pixels" else text)
 
     def decode(self, text: str) -> str:
-        """The model's text as Med-GRIT's; spans that are no four integers stay as they are."""
+        """The model's text as Med-GRIT's; spans that are no four numbers stay as they are."""
         text = from_qwen(text)
-        return _SPAN.sub(self._grid_span, text) if self.spelling == "pixels" else text
+        return _respelled(text, self._read) if self.spelling == "pixels" else text
 
-    def _pixels(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        x1, x2 = _apart(box[0], box[2], self.width, GRID)
-        y1, y2 = _apart(box[1], box[3], self.height, GRID)
-        return x1, y1, x2, y2
+    def _written(self, corners: list[float]) -> str:
+        x1, x2 = self._side(corners[0], corners[2], self.width)
+        y1, y2 = self._side(corners[1], corners[3], self.height)
+        return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
-    def _grid_span(self, match: re.Match[str]) -> str:
-        x1, y1, x2, y2 = map(int, match.groups())
-        (x1, x2), (y1, y2) = _apart(x1, x2, GRID, self.width), _apart(y1, y2, GRID, self.height)
+    def _side(self, low: float, high: float, side: int) -> tuple[str, str]:
+        """Both ends of an axis, in pixels as they are written."""
+        decimals = max(0, math.ceil(math.log10(WHOLE / side))) if self.subpixel else 0
+        unit = 10**decimals
+        first, last = _apart(low * side * unit / GRID, high * side * unit / GRID, side * unit)
+        return f"{first / unit:.{decimals}f}", f"{last / unit:.{decimals}f}"
+
+    def _read(self, corners: list[float]) -> str:
+        x1, x2 = _apart(corners[0] * GRID / self.width, corners[2] * GRID / self.width, GRID)
+        y1, y2 = _apart(corners[1] * GRID / self.height, corners[3] * GRID / self.height, GRID)
         return format_box((x1, y1, x2, y2))
 
 
-def _apart(low: int, high: int, to: int, of: int) -> tuple[int, int]:
-    """Two coordinates from a scale of ``of`` to one of ``to``; what had a width keeps at least one step."""
-    first, last = math.floor(low * to / of + 0.5), math.floor(high * to / of + 0.5)
-    if first == last and low < high:  # within one step: the step around their middle
-        first = min(max(math.floor((low + high) * to / of / 2), 0), to - 1)
-        return first, first + 1
-    return first, last
+def codec_for(model_type: str, rows: int, columns: int, patch: int = 14) -> BoxCodec:
+    """The codec of a model family for one image.
+
+    Args:
+        model_type: of the model's config; one that is not known speaks the grid.
+        rows, columns: the image's patch grid (the last two of its ``image_grid_thw``).
+        patch: pixels of a patch's side.
+    """
+    return BoxCodec(MODEL_SPELLING.get(model_type, "grid"), columns * patch, rows * patch)
+
+
+def _respelled(text: str, spell: Callable[[list[float]], str]) -> str:
+    return _SPAN.sub(lambda match: spell([float(group) for group in match.groups()]), text)
+
+
+def _apart(low: float, high: float, last: int) -> tuple[int, int]:
+    """The nearest whole numbers; of what had a width two, of which that end gives way that moves less."""
+    first, second = (math.floor(value + 0.5) for value in (low, high))
+    if first != second or low >= high or not 0 <= first <= last:
+        return first, second
+    up = second + 1 - high <= low - (first - 1)
+    return (first, first + 1) if first < last and (up or first == 0) else (first - 1, first)
 
 
 def smart_resize(

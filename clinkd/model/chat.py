@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from clinkd.data.codecs import BoxCodec, GridCodec
+from clinkd.data.codec import BoxCodec
 from clinkd.model.presets import IM_END, IMAGE, VISION_END, VISION_START
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is no target."""
 _CONTROL = re.compile(r"<\|(\w+)\|>")
-_GRID = GridCodec()
+_GRID = BoxCodec()
 
 
 def _content(text: str, codec: BoxCodec = _GRID) -> str:
-    return codec.to_model(_CONTROL.sub(r"<| \1 |>", text))
+    return codec.encode(_CONTROL.sub(r"<| \1 |>", text))
 
 
 def prompt_text(tokenizer: Any, question: str, images: int = 1, codec: BoxCodec = _GRID) -> str:
@@ -77,7 +77,7 @@ def decode_answer(tokenizer: Any, ids: Sequence[int], codec: BoxCodec = _GRID) -
     kept = list(map(int, ids))
     end = next((place for place, token in enumerate(kept) if token in stops), len(kept))
     text = tokenizer.decode(kept[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return _CONTROL.sub("", codec.from_model(text)).strip()
+    return _CONTROL.sub("", codec.decode(text)).strip()
 
 
 def collate(

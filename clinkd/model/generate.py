@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinkd.data.codecs import BoxCodec, GridCodec
+from clinkd.data.codec import BoxCodec
 from clinkd.model.chat import collate, decode_answer
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
 from clinkd.model.presets import IM_END
@@ -99,7 +99,7 @@ def generate_answers(
             )
     finally:
         model.train(training)
-    spelled = [codec for codec in codecs or [GridCodec()] * len(prompts) for _ in range(repeat)]
+    spelled = [codec for codec in codecs or [BoxCodec()] * len(prompts) for _ in range(repeat)]
     new = written[:, batch["input_ids"].shape[1] :].tolist()
     answers = [decode_answer(tokenizer, ids, codec) for ids, codec in zip(new, spelled, strict=True)]
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from clinkd.data.codecs import PixelCodec
+from clinkd.data.codec import BoxCodec
 from clinkd.data.ingest import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.data.shards import schema
@@ -106,7 +106,7 @@ def test_an_image_without_tokens_is_an_error(tokenizer: Any, counts: Any) -> Non
 
 
 def test_boxes_go_in_and_come_out_in_the_codecs_unit(tokenizer: Any) -> None:
-    codec = PixelCodec(560, 1120)
+    codec = BoxCodec("pixels", 560, 1120)
     question, answer = "What is at <box>(100,200),(300,400)</box>?", "It is at <box>(0,0),(1000,1000)</box>."
     prompt, ids = chat.encode(tokenizer, question, answer, 3, codec)
     assert "<|box_start|>(56,224),(168,448)<|box_end|>" in tokenizer.decode(prompt)
