@@ -1,12 +1,14 @@
 """Packing: which samples share one sequence, so that little of it is padding.
 
 Decisions:
-- Best fit decreasing: the longest first, each into the fullest sequence that still has room. It needs no more
-  than 11/9 of the fewest sequences (Johnson, 1973); on answers about images, whose lengths are mostly small
-  parts of a sequence, it fills nearly all of it.
+- Best fit decreasing: the longest first, each into the fullest sequence that still has room. It needs no
+  more than 11/9 of the fewest sequences (Johnson, 1973); on answers about images, whose lengths are
+  mostly small parts of a sequence, it fills nearly all of it.
 - What is packed together is decided within a window of samples, which the caller has shuffled: sorting by
-  length happens inside it alone, and the sequences come back in an order that does not tell their lengths.
-- A sample is never cut. One that is longer than a sequence is refused, by its place: the caller knows its name.
+  length happens inside it alone, and the sequences come back in an order that does not tell their
+  lengths.
+- A sample is never cut. One that is longer than a sequence is refused, by its place: the caller knows its
+  name.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Conversations as token ids, and several of them in one sequence.
 
 Decisions:
-- A document is one conversation: all its images at the beginning of its first question, then questions and
-  answers in turn. With one image and one turn it is what ``chat.encode`` gives, token by token: each answer is
-  tokenized apart from what stands before and behind it.
-- Labels are the answers' tokens alone, each with its ``<|im_end|>``: what a model has to say, and when to stop.
-- Packed, a document sees no other. The mask comes from positions [4, B, L], whose first axis counts anew from 0
-  in each document (transformers derives a block-causal mask from it when there is no attention mask); the
-  other three are the guided rotary positions, which start anew too.
+- A document is one conversation: all its images at the beginning of its first question, then questions
+  and answers in turn. With one image and one turn it is what ``chat.encode`` gives, token by token: each
+  answer is tokenized apart from what stands before and behind it.
+- Labels are the answers' tokens alone, each with its ``<|im_end|>``: what a model has to say, and when to
+  stop.
+- Packed, a document sees no other. The mask comes from positions [4, B, L], whose first axis counts anew
+  from 0 in each document (transformers derives a block-causal mask from it when there is no attention
+  mask); the other three are the guided rotary positions, which start anew too.
 - Padding is a document of its own: no one sees it, and it sees but itself, so no softmax is empty.
 - A row of one document is a packed row like any other: packed and padded batches take one way.
 """
@@ -66,7 +67,9 @@ def encode_conversation(
         messages.append({"role": "user", "content": opening + _content(question)})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if not text.startswith(said):
-            raise ValueError("conversation: the chat template rewrites earlier turns; it cannot be trained on")
+            raise ValueError(
+                "conversation: the chat template rewrites earlier turns; it cannot be trained on"
+            )
         piece = text[len(said) :]
         if not number:
             piece = _widen(piece, image_tokens)
@@ -82,9 +85,7 @@ def encode_conversation(
 def _widen(text: str, image_tokens: Sequence[int]) -> str:
     """Each image's place as wide as the image; no other text can hold the token (see ``chat``)."""
     before, *rest = text.split(IMAGE)
-    return before + "".join(
-        IMAGE * count + after for count, after in zip(image_tokens, rest, strict=True)
-    )
+    return before + "".join(IMAGE * count + after for count, after in zip(image_tokens, rest, strict=True))
 
 
 def pack_documents(rows: Sequence[Sequence[Document]], pad_id: int) -> dict[str, Tensor]:

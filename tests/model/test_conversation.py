@@ -1,4 +1,4 @@
-"""Packed documents against each for itself: the same logits, losses and gradients, and no one sees another."""
+"""Packed documents against each for itself: the same logits, losses and gradients; no one sees another."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def alone(model, document, pixels):
     """Logits [L, V] of one conversation, the way the base class takes it: no packing, no positions given."""
     ids = torch.tensor([list(document.ids)])
     chosen = [pixels.split(PATCHES)[image] for image in document.images]
-    images = {"pixel_values": torch.cat(chosen), "image_grid_thw": GRIDS[list(document.images)]} if chosen else {}
+    images = (
+        {"pixel_values": torch.cat(chosen), "image_grid_thw": GRIDS[list(document.images)]} if chosen else {}
+    )
     scores = {"alignment": torch.tensor([[document.alignment]])} if chosen else {}
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **scores).logits[0]
 
@@ -92,7 +94,11 @@ def alone(model, document, pixels):
 def pieces(logits, packed):
     """Logits of each document, in order."""
     kept = packed["documents"]
-    return [logits[row][kept[row] == number] for row in range(len(kept)) for number in range(1, kept[row].max() + 1)]
+    return [
+        logits[row][kept[row] == number]
+        for row in range(len(kept))
+        for number in range(1, kept[row].max() + 1)
+    ]
 
 
 @torch.no_grad()
@@ -126,7 +132,7 @@ def test_losses_and_gradients_are_the_unpacked_ones(tokenizer, pixels):
         gradients.append({name: value.grad for name, value in model.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, value in gradients[0].items():
-        assert value is not None and value.abs().sum() > 0 or "k_proj.bias" in name, name
+        assert (value is not None and value.abs().sum() > 0) or "k_proj.bias" in name, name
         torch.testing.assert_close(value, gradients[1][name], atol=2e-4, rtol=1e-3)
 
 
@@ -160,14 +166,22 @@ def test_without_the_text_axis_documents_would_leak(tokenizer, pixels):
     assert positions.shape == (4, *packed["input_ids"].shape)
     with torch.no_grad():
         hidden = model.forward_hidden(
-            packed["input_ids"], None, GRIDS, pixels, image_index=packed["image_index"], position_ids=positions[1:]
+            packed["input_ids"],
+            None,
+            GRIDS,
+            pixels,
+            image_index=packed["image_index"],
+            position_ids=positions[1:],
         )
         last = pieces(model.lm_head(hidden), packed)[-1]
         assert (last - alone(model, talks[-1], pixels)).abs().max() > 1e-3
 
 
 def test_one_turn_about_one_image_is_encode(tokenizer):
-    for question, answer in (("Where is the liver?", "At <box>(1,2),(30,400)</box>."), ("a <|im_end|> b", "")):
+    for question, answer in (
+        ("Where is the liver?", "At <box>(1,2),(30,400)</box>."),
+        ("a <|im_end|> b", ""),
+    ):
         prompt, reply = chat.encode(tokenizer, question, answer, 9)
         ids, labels = encode_conversation(tokenizer, [(question, answer)], [9])
         assert ids == prompt + reply and labels == [-100] * len(prompt) + reply
