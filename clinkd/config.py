@@ -50,6 +50,33 @@ class DataSection(Section):
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are quarantined")
     records_per_shard: int = Field(512, ge=1)
+    feed: Literal["table", "stream"] = Field(
+        "table",
+        description="how the stage teacher gets its samples: from a file of all records on each node, or "
+        "streamed from the shards while it trains (for data that a node cannot hold); the other stages read "
+        "a table",
+    )
+    pack_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="stream: pack samples into sequences of at most so many tokens, of which batch_size then "
+        "counts; none: one sequence per sample, padded",
+    )
+    conversations: bool = Field(
+        False, description="stream: all turns of a record as one conversation, not each turn for itself"
+    )
+    window: int = Field(
+        4, ge=1, description="stream: row groups (of 64 records) that are read and shuffled together"
+    )
+    feed_tasks: int = Field(
+        2, ge=1, description="stream: tasks that decode and pack at one time, for each training worker"
+    )
+
+    @model_validator(mode="after")
+    def _streamed(self) -> DataSection:
+        if self.feed == "table" and (self.pack_tokens is not None or self.conversations):
+            raise ValueError("pack_tokens and conversations need feed: stream")
+        return self
 
 
 class TinySection(Section):
@@ -94,6 +121,24 @@ class ModelSection(Section):
         False, description="train the student's vision tower too (the paper freezes it)"
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
+    min_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="smallest area that images are resized to, for student and teacher; none: as the model's "
+        "preprocessor_config.json says (Qwen2-VL's released inference: 200704, which is 256 x 28 x 28)",
+    )
+    max_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="largest area that images are resized to; none: as preprocessor_config.json says "
+        "(released inference: 1003520, which is 1280 x 28 x 28)",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ModelSection:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
+        return self
 
 
 class TeacherSection(Section):

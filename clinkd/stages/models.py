@@ -98,4 +98,5 @@ def vqa_spec(
         dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
         gradient_checkpointing=run.config.compute.gradient_checkpointing, scores=scores(run, rope),
         coordinate_weight=coordinate_weight,
+        min_pixels=run.config.model.min_pixels, max_pixels=run.config.model.max_pixels,
     )  # fmt: skip
