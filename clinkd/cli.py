@@ -10,20 +10,17 @@ Decisions:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from clinkd import console
+from clinkd import cli_data, console
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
 
@@ -58,70 +55,6 @@ def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Read by ``main`` wherever it stands on the line; here for the help text."""
-
-
-def prepare(
-    out: Path = typer.Option(..., "--out", help="Folder for shards/, quarantine.jsonl and manifest.json."),
-    source: str = typer.Option(
-        "phantoms",
-        "--source",
-        help="A Med-GRIT JSON/JSONL file, a folder of them, an SA-Med2D folder, or 'phantoms'.",
-    ),
-    images: Path | None = typer.Option(
-        None, "--images", help="Folder of the images (default: images/ beside)."
-    ),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the split (and of phantoms)."),
-    test_fraction: float = typer.Option(
-        0.1, "--test-fraction", help="Share of the cases kept for evaluation."
-    ),
-    phantoms: int = typer.Option(
-        2000, "--phantoms", min=1, help="Number of phantoms, when they are the source."
-    ),
-    strict: bool = typer.Option(False, "--strict", help="The first refused row is an error."),
-) -> None:
-    """Check, split and shard images with their questions; refused rows go to the quarantine."""
-    from clinkd.config import ConfigError
-
-    if "://" in str(out) or str(out).startswith(("s3:", "gs:")):
-        raise ConfigError(
-            f"--out: {out} is no local folder; prepare writes to a folder that all workers share"
-        )
-    manifest = _prepare(source, out, images, seed, test_fraction, phantoms, strict)
-    typer.echo(console.account(manifest))
-    typer.echo(f"prepared data in {out}")
-
-
-def validate(
-    path: str = typer.Argument(..., help="What prepare would take, or a folder that it made."),
-    images: Path | None = typer.Option(
-        None, "--images", help="Folder of the images (default: images/ beside)."
-    ),
-    strict: bool = typer.Option(False, "--strict", help="Any refused row is an error."),
-) -> None:
-    """Check data without keeping anything: what prepare would take, refuse, and why."""
-    from clinkd.data.shards import DataError, iter_rows, read_manifest
-
-    if (Path(path) / "manifest.json").is_file():
-        manifest = read_manifest(Path(path))
-        found = sum(1 for _ in iter_rows(Path(path), columns=["id"]))
-        if found != manifest["images"]:
-            raise DataError(
-                f"{path}: {found} images in the shards, {manifest['images']} in the manifest: prepare again"
-            )
-        typer.echo(console.account(manifest))
-        return
-    scratch = Path(tempfile.mkdtemp(prefix="clinkd-validate-"))
-    try:
-        manifest = _prepare(path, scratch / "data", images, 0, 0.1, 0, strict)
-        typer.echo(console.account(manifest))
-        for row in console.first_of_each(scratch / "data" / "quarantine.jsonl"):
-            where = " ".join(filter(None, [row.get("where"), row.get("image")]))
-            typer.echo(f"  {row['reason']}: {where} ({row.get('detail', '')})")
-        shutil.rmtree(scratch, ignore_errors=True)
-    except DataError:  # its message names the quarantine: that stays
-        for folder in ("shards", ".work"):
-            shutil.rmtree(scratch / "data" / folder, ignore_errors=True)
-        raise
 
 
 def evaluate(
@@ -208,22 +141,25 @@ def label(
 
 def predict(
     checkpoint: Path = typer.Option(..., help="Hugging Face folder of a trained model."),
-    data: Path = typer.Option(..., help="Prepared data."),
+    data: str = typer.Option(..., help="Prepared data: a folder or URI."),
     out: Path = typer.Option(..., help="Predictions to write, JSONL."),
     split: str = typer.Option("test", help="train or test."),
     batch_size: int = typer.Option(64, min=1),
     max_new_tokens: int = typer.Option(64, min=1),
+    endpoint_url: str | None = typer.Option(None, "--endpoint-url", help=cli_data.ENDPOINT_HELP),
 ) -> None:
     """Answer prepared questions with a checkpoint.
 
     Example: clinkd predict --checkpoint runs/tiny/model --data DIR --out predictions.jsonl
     """
+    from clinkd import storage
     from clinkd.config import ConfigError
     from clinkd.stages.outcome import predict_folder
 
     if not (checkpoint / "config.json").is_file():
         raise ConfigError(f"--checkpoint: {checkpoint} holds no config.json; give a model's folder")
-    with _ray():
+    storage.configure(endpoint_url)
+    with cli_data.connected():
         count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens)
     typer.echo(f"{count} answers: {out}")
 
@@ -252,34 +188,16 @@ def sweep(
     typer.echo(table(search(load_config(path, overrides))))
 
 
-def show(
-    path: Path = typer.Argument(..., help="A folder that prepare made."),
-    out: Path = typer.Option(Path("sheet.png"), "--out", help="The sample sheet, PNG."),
-    count: int = typer.Option(16, "--count", min=1, max=100, help="Images on the sheet."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the choice."),
-) -> None:
-    """Print a prepared folder's counts and draw some of its images with their boxes.
-
-    Example: clinkd data show DIR --out sheet.png
-    """
-    from clinkd.data.shards import read_manifest
-    from clinkd.report.sheet import sample_sheet
-
-    typer.echo(console.account(read_manifest(path)))
-    shown = sample_sheet(path, out, count=count, seed=seed)
-    typer.echo(f"{shown} images: {out}")
-
-
 COMMANDS: tuple[Callable[..., None], ...] = (
     run,
-    prepare,
+    cli_data.prepare,
     train,
     label,
     predict,
     evaluate,
     sweep,
     report,
-    validate,
+    cli_data.validate,
     config,
 )
 """Every command, in the order the help lists them; the name is the function's."""
@@ -287,7 +205,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in COMMANDS:
     app.command(_command.__name__)(_command)
 _data = typer.Typer(help="Look into prepared data.", no_args_is_help=True, rich_markup_mode=None)
-_data.command("show")(show)
+_data.command("show")(cli_data.show)
 app.add_typer(_data, name="data")
 
 
@@ -346,41 +264,3 @@ def _unexpected(error: Exception, debug: bool) -> int:
         file.write("".join(traceback.format_exception(error)))
     typer.echo(f"{said} (traceback in {file.name})", err=True)
     return 1
-
-
-def _prepare(
-    source: str, out: Path, images: Path | None, seed: int, test_fraction: float, phantoms: int, strict: bool
-) -> dict[str, Any]:
-    """Prepare with Ray and a progress view, whose numbers go beside ``out``: that stays the same bytes."""
-    from clinkd.data.phantoms import PhantomSpec
-    from clinkd.data.prepare import find_source, prepare
-    from clinkd.progress import Progress
-
-    generated = source == "phantoms" and phantoms > 0
-    where = PhantomSpec(images=phantoms, seed=seed) if generated else source
-    find_source(where, images)  # before Ray starts: a wrong path is said at once
-    out = Path(out).absolute()
-    with _ray(), Progress(out.parent / f"{out.name}.metrics.jsonl") as progress:
-        progress.start("prepare (check)")
-
-        def show(name: str, done: int, total: int) -> None:
-            progress.update(done, total=total)
-            if done == total:
-                progress.finish()
-                if name == "check":
-                    progress.start("prepare (write)")
-
-        return prepare(
-            where, out, images=images, seed=seed, test_fraction=test_fraction, strict=strict, progress=show
-        )
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    from clinkd import cluster
-
-    cluster.connect()
-    try:
-        yield
-    finally:
-        cluster.disconnect()

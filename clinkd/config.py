@@ -40,11 +40,14 @@ class DataSection(Section):
     """Where images and questions come from."""
 
     source: str = Field(
-        "phantoms", description="'phantoms', a Med-GRIT JSON/JSONL file, or an SA-Med2D folder"
+        "phantoms",
+        description="'phantoms', a Med-GRIT JSON/JSONL file or a folder of them, an SA-Med2D folder, or what "
+        "prepare wrote; a path or URI (s3://)",
     )
     images: str | None = Field(
         None, description="folder of the images when source is a JSON file (default: images/ beside it)"
     )
+    endpoint_url: str | None = Field(None, description="S3 other than Amazon's (or AWS_ENDPOINT_URL)")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="share of the cases kept for evaluation")
     phantoms: int = Field(2000, ge=8, description="number of phantom images, when source is 'phantoms'")
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")

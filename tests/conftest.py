@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# For the S3 server on loopback; set before Ray starts, whose workers inherit them.
+os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:

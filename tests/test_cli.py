@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clinkd import cli, cluster
+from clinkd import cli, cli_data, cluster
 from clinkd.config import ConfigError, RunConfig, read_yaml
 
 VG_ROWS = Path(__file__).parent / "golden" / "evaluation" / "vg.jsonl"
@@ -129,7 +129,7 @@ def test_validate_says_what_would_be_refused_and_keeps_nothing(
     from clinkd.data.phantoms import PhantomSpec, write_source
 
     monkeypatch.setattr(cluster, "disconnect", lambda: None)
-    monkeypatch.setattr(cli.tempfile, "mkdtemp", lambda prefix: str((tmp_path / "scratch").absolute()))
+    monkeypatch.setattr(cli_data, "new_folder", lambda prefix: str((tmp_path / "scratch").absolute()))
     write_source(PhantomSpec(images=8, size=64), tmp_path / "lab")
     next((tmp_path / "lab" / "images").glob("*.png")).write_bytes(b"")
     code, out, err = run(capsys, "validate", tmp_path / "lab")
@@ -143,9 +143,12 @@ def test_a_source_that_is_not_there_is_2_at_once(capsys, tmp_path: Path) -> None
     assert code == 2 and len(mistakes(err)) == 1 and not (tmp_path / "out").exists()
 
 
-def test_an_out_that_is_no_folder_of_this_machine_is_2(capsys) -> None:
-    code, _, err = run(capsys, "prepare", "--out", "s3://bucket/data")
-    assert code == 2 and len(mistakes(err)) == 1
+def test_a_bucket_that_cannot_be_looked_into_is_2(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("clinkd.storage.ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")  # taken back after the test, whatever the command sets
+    arguments = ("--out", "x", "--source", "s3://bucket/data", "--endpoint-url", "http://127.0.0.1:9")
+    code, _, err = run(capsys, "prepare", *arguments)
+    assert code == 2 and "--endpoint-url" in err and len(mistakes(err)) == 1
 
 
 # What nobody expected

@@ -77,7 +77,7 @@ def decode(png: bytes) -> Any:
 
 
 def read_records(
-    data: Path, *, split: str | None = None, ids: list[str] | None = None, blocks: int | None = None
+    data: str | Path, *, split: str | None = None, ids: list[str] | None = None, blocks: int | None = None
 ) -> Any:
     """Prepared records as a Ray Dataset.
 
@@ -88,10 +88,12 @@ def read_records(
     import ray.data
     from ray.data.expressions import col
 
+    from clinkd import storage
     from clinkd.data.shards import shard_paths
 
-    paths = [str(path) for path in shard_paths(data)]
-    rows = ray.data.read_parquet(paths, override_num_blocks=max(len(paths), blocks) if blocks else None)
+    paths, filesystem = storage.arrow_source(shard_paths(data))
+    count = max(len(paths), blocks) if blocks else None
+    rows = ray.data.read_parquet(paths, filesystem=filesystem, override_num_blocks=count)
     if split is not None:
         rows = rows.filter(expr=col("split") == split)
     return rows if ids is None else rows.filter(expr=col("id").is_in(ids))

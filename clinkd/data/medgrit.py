@@ -15,18 +15,22 @@ Decisions:
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clinkd.data.validate import RowError, check_name
 
 FILE_TASKS = {"vg": "vg", "ro": "roc", "roc": "roc", "gc": "rc", "rc": "rc", "mii": "mia", "mia": "mia"}
 _IMG = re.compile(r"<img>(.*?)</img>", re.S)
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_BUFFER = 1 << 20
+_LONGEST_LINE = 1 << 26
+"""Bytes of a JSON line beyond which it is refused unread."""
 _QUESTIONERS = ("user", "human")
 _ANSWERERS = ("assistant", "gpt")
 
@@ -46,6 +50,7 @@ class Entry:
     rows: int = 1
     reason: str = ""
     detail: str = ""
+    more: tuple[str, ...] = ()  # further images of a conversation about several
 
 
 def task_of_file(path: Path) -> str | None:
@@ -69,24 +74,34 @@ def read(path: Path) -> Iterator[Entry]:
             yield _entry(where, value, task)
 
 
+def _open(path: Path) -> IO[bytes]:
+    """A file to stream, with a buffer that makes few requests of a bucket."""
+    return io.BufferedReader(path.open("rb"), _BUFFER)  # type: ignore[arg-type]
+
+
 def _is_lines(path: Path) -> bool:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
-    with path.open("rb") as file:
+    with _open(path) as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with _open(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
             where = f"{path.name}:{number}"
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield where, RowError("too_long", f"a line of more than {_LONGEST_LINE} bytes")
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield where, json.loads(text)
             except UnicodeDecodeError as error:
                 yield where, RowError("invalid_utf8", f"byte {error.start} of the line")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield where, RowError("invalid_json", str(error)[:200])
 
 
@@ -97,7 +112,7 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _array_in_memory(path)
         return
     index = 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         if file.read(3) != b"\xef\xbb\xbf":
             file.seek(0)
         try:

@@ -4,8 +4,9 @@ Decisions:
 - Two passes. The first checks images and rows and leaves a Parquet file of what is good; then the driver, who
   has seen every part's light facts, decides what no part can decide alone (which side a case goes to); the
   second adds that and writes the shard. Pixels are decoded once.
-- A part reads its rows from a file and leaves its own files, each written beside and renamed: run again after
-  a crash, it leaves the same bytes.
+- A part reads its rows from a file and leaves its own files, each whole: run again after a crash, it leaves
+  the same bytes. What it leaves last names the job it was for and the files it read; where both are still the
+  same, a run that goes on takes it as it is.
 - Jobs and results are plain JSON values.
 """
 
@@ -13,240 +14,207 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clinkd.data import medgrit, phantoms, samed2d
+from clinkd import storage
+from clinkd.data import readers
 from clinkd.data.boxes import BoxError
-from clinkd.data.records import Box, Record, Turn, case_of
+from clinkd.data.records import case_of, modality_of
 from clinkd.data.shards import schema
-from clinkd.data.validate import (
-    Limits,
-    RowError,
-    check_image,
-    check_modality,
-    check_turn,
-    contradictions,
-    reason,
-    resolve,
-)
+from clinkd.data.validate import Folder, Limits, RowError, reason
 
+FORMAT = 2
+"""Of shards and of what parts leave; another number makes a run that goes on start over."""
 ROW_GROUP = 64
-"""Images per Parquet row group: what a streaming reader holds at once."""
-
-Good = tuple[Record, bytes, tuple[int, int], str, list[str]]
-"""A record that passed, its image's bytes, (width, height), where it stood, and the masks it was made of."""
+GROUP_BYTES = 32 << 20
+"""Images, and their bytes, after which a Parquet row group ends: what a streaming reader holds at once."""
 
 
 class Tally:
     """What a part refused: one quarantine line per question/answer pair or mask, and the counts."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._beside = path, _beside(path)
-        self._file = self._beside.open("w", encoding="utf-8")
-        self.duplicates = self.masks = 0
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115
+        self.duplicates = self.masks = self.rows = 0
         self.by_reason: Counter[str] = Counter()
 
     def refuse(self, error: RowError | BoxError, **row: Any) -> None:
         code, detail = reason(error)
         self.by_reason[code] += 1
         self.masks += bool(row.get("mask"))
-        self._file.write(json.dumps({"reason": code, "detail": detail, **row}) + "\n")
+        line = json.dumps({"reason": code, "detail": detail, **row}) + "\n"
+        self._file.write(line.encode())
 
-    def close(self) -> None:
+    def save(self, path: Path) -> None:
+        """Writes the lines to ``path``, whole."""
+        self._file.seek(0)
+        with storage.whole(path) as file:
+            while chunk := self._file.read(1 << 20):
+                file.write(chunk)
         self._file.close()
-        os.replace(self._beside, self._path)
-
-
-def _beside(path: Path) -> Path:
-    """Where ``path`` is written until whole; this process's own, as a killed run's tasks may still live."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """First pass over one part.
 
     Args:
-        job: ``part`` (number), ``kind``, ``work`` (folder), ``limits``, ``seed``, and what the kind's reader
-        needs.
+        job: ``part`` (number), ``kind``, ``work`` (folder), ``root`` of the images, ``limits``, ``seed``, and
+            what the kind's reader needs.
 
     Returns:
-        ``part``, ``duplicates``, ``by_reason`` and ``images``, for each its id, image, modality, case, where
-        in the source it stood, samples by task (``tasks``) and ``masks``; ``refused_masks`` counts.
+        ``part``, ``sha256`` (of what was checked), ``rows`` (question/answer pairs seen), ``duplicates``,
+        ``by_reason``, ``refused_masks`` and ``records``, for each its id, where it stood, samples by task
+        (``tasks``), ``masks`` and ``pictures`` (name, path, modality, case, perceptual hash).
     """
-    work, number = Path(job["work"]), job["part"]
-    tally = Tally(work / f"quarantine-{number:05d}.jsonl")
-    reader = {"phantoms": _phantoms, "medgrit": _medgrit, "samed2d": _samed2d}[job["kind"]]
-    facts: dict[str, Any] = {"part": number, "images": []}
+    work, number = storage.locate(job["work"]), job["part"]
+    folder = Folder(storage.locate(job["root"]), Limits(**job["limits"]))
+    done = _left(work / f"facts-{number:05d}.json", job)
+    if done is not None and folder.unchanged(done["seen"]):
+        return done["result"]
+    tally = Tally()
+    records: list[dict[str, Any]] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for record, png, (width, height), where, masks in reader(job, tally):
-            facts["images"].append(
-                {
-                    "id": record.id,
-                    "image": record.image,
-                    "where": where,
-                    "masks": masks,
-                    "modality": record.modality,
-                    "case": case_of(record.image),
-                    "tasks": Counter(turn.task for turn in record.turns),
-                }
-            )
-            turns = [asdict(turn) for turn in record.turns]
-            yield {"id": record.id, "image": record.image, "modality": record.modality, "split": "",
-                   "png": png, "width": width, "height": height, "turns": turns,
-                   "more_images": [], "more_png": []}  # fmt: skip
+        for good in readers.read(job, folder, tally):
+            records.append(_facts(good))
+            yield _row(good)
 
-    _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
-    tally.close()
-    return facts | {
+    if job["dry"]:
+        digest = f"dry, {sum(1 for _ in rows())} rows"
+    else:
+        _, digest = _write_parquet(rows(), work / f"checked-{number:05d}.parquet")
+    tally.save(work / f"quarantine-{number:05d}.jsonl")
+    result = {
+        "part": number,
+        "sha256": digest,
+        "rows": tally.rows,
         "duplicates": tally.duplicates,
-        "by_reason": tally.by_reason,
+        "by_reason": dict(tally.by_reason),
         "refused_masks": tally.masks,
+        "records": records,
+    }
+    _leave(work / f"facts-{number:05d}.json", job, result, folder.seen)
+    return result
+
+
+def _facts(good: readers.Good) -> dict[str, Any]:
+    return {
+        "id": good.record.id,
+        "where": good.where,
+        "masks": list(good.masks),
+        "tasks": dict(Counter(turn.task for turn in good.record.turns)),
+        "pictures": [
+            [one.name, one.path, modality_of(one.name), case_of(one.name), one.fingerprint]
+            for one in good.pictures
+        ],
+    }
+
+
+def _row(good: readers.Good) -> dict[str, Any]:
+    first, *more = good.pictures
+    return {
+        "id": good.record.id,
+        "image": first.name,
+        "modality": good.record.modality,
+        "split": "",
+        "png": first.data,
+        "width": first.width,
+        "height": first.height,
+        "turns": [asdict(turn) for turn in good.record.turns],
+        "more_images": [{"image": one.name, "width": one.width, "height": one.height} for one in more],
+        "more_png": [one.data for one in more],
     }
 
 
 def write(job: dict[str, Any]) -> dict[str, Any]:
     """Second pass: the shard of a checked part, given each kept row's side; returns name, rows, sha256."""
-    import pyarrow.parquet as pq
+    from clinkd.data.shards import rows_of
 
-    name = f"part-{job['part']:05d}.parquet"
-    path = Path(job["shards"]) / name
+    work, number = storage.locate(job["work"]), job["part"]
+    name = f"part-{number:05d}.parquet"
+    path = storage.locate(job["shards"]) / name
+    left = work / f"written-{number:05d}.json"
+    done = _left(left, job)
+    if done is not None and storage.stamp(path) == done["seen"][name]:
+        return done["result"]
     sides, dropped = iter(job["sides"]), set(job["dropped"])
 
     def rows() -> Iterator[dict[str, Any]]:
-        with pq.ParquetFile(Path(job["work"]) / f"checked-{job['part']:05d}.parquet") as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=ROW_GROUP))
-            for place, row in enumerate(row for batch in batches for row in batch):
-                if place not in dropped:
-                    yield row | {"split": next(sides)}
+        for place, row in enumerate(rows_of(work / f"checked-{number:05d}.parquet")):
+            if place not in dropped:
+                yield row | {"split": next(sides)}
 
-    count = _write_parquet(rows(), path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"name": name, "rows": count, "sha256": digest.hexdigest()}
+    count, digest = _write_parquet(rows(), path)
+    result = {"name": name, "rows": count, "sha256": digest}
+    _leave(left, job, result, {name: storage.stamp(path)})
+    return result
 
 
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest
+def _mark(job: dict[str, Any]) -> str:
+    """What a job is, wherever its working folder lies."""
+    known = {key: value for key, value in job.items() if key not in ("work", "shards", "rows")}
+    return hashlib.sha256(json.dumps([FORMAT, known], sort_keys=True).encode()).hexdigest()
 
 
-def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> int:
-    """Streams rows into row groups; the same rows give the same bytes. Returns their number."""
+def _left(path: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """What a former run left of this very job, or None."""
+    try:
+        done = json.loads(path.read_bytes())
+        return done if done["mark"] == _mark(job) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _leave(path: Path, job: dict[str, Any], result: dict[str, Any], seen: dict[str, str | None]) -> None:
+    storage.write_whole(path, json.dumps({"mark": _mark(job), "seen": seen, "result": result}))
+
+
+def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> tuple[int, str]:
+    """Streams rows into row groups; the same rows give the same bytes. Returns their number and SHA-256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, group, beside = 0, [], _beside(path)
+    count = size = 0
+    group: list[dict[str, Any]] = []
     options = {"compression": "zstd", "use_dictionary": ["modality", "split"]}
-    with pq.ParquetWriter(beside, schema(), **options) as writer:
-        for row in rows:
-            group.append(row)
-            count += 1
-            if len(group) == ROW_GROUP:
+    with storage.whole(path) as file:
+        hashed = _Hashed(file)
+        with pq.ParquetWriter(pa.PythonFile(hashed, mode="w"), schema(), **options) as writer:
+            for row in rows:
+                group.append(row)
+                count += 1
+                size += len(row["png"]) + sum(map(len, row["more_png"]))
+                if len(group) == ROW_GROUP or size >= GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(group, schema()))
+                    group, size = [], 0
+            if group:
                 writer.write_table(pa.Table.from_pylist(group, schema()))
-                group = []
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, schema()))
-    os.replace(beside, path)
-    return count
+    return count, hashed.digest.hexdigest()
 
 
-def spelling(image: str, root: Path) -> str:
-    """One spelling of an image's path for "x.png", "./x.png" and "images/x.png" under ``root`` = images/."""
-    return image.removeprefix("./").removeprefix(f"{root.name}/")
+class _Hashed:
+    """A file to write whose bytes are hashed on their way."""
 
+    def __init__(self, file: Any) -> None:
+        self._file, self.digest, self.closed = file, hashlib.sha256(), False
 
-def _job_rows(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    with open(job["rows"], encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return int(self._file.write(data))
 
+    def tell(self) -> int:
+        return int(self._file.tell())
 
-def _phantoms(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
-    spec = phantoms.PhantomSpec(**job["spec"])
-    for index in range(*job["indices"]):
-        png, record = phantoms.draw(spec, index)
-        yield record, png, (spec.size, spec.size), f"phantom {index}", []
+    def flush(self) -> None:
+        self._file.flush()
 
+    def close(self) -> None:
+        """The file outlives the Parquet writer: its owner closes it."""
 
-def _medgrit(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
-    """Entries about one image become one record, in the order they stood in the source."""
-    root, limits = Path(job["root"]), Limits(**job["limits"])
-    groups: dict[str, list[medgrit.Entry]] = {}
-    for row in _job_rows(job):
-        groups.setdefault(spelling(row["image"], root), []).append(medgrit.Entry(**row))
-    for image, entries in groups.items():
-        name = image.rsplit("/", 1)[-1]
-        try:
-            path = resolve(root, entries[0].image)
-            check_modality(name)
-            png, *size = check_image(path, limits)
-        except RowError as error:
-            for entry in entries:
-                for turn in range(entry.rows):
-                    tally.refuse(error, where=entry.where, id=entry.id, image=entry.image, turn=turn)
-            continue
-        turns = _checked_turns(entries, limits, tally)
-        if turns:
-            yield Record(entries[0].id, name, turns), png, (size[0], size[1]), entries[0].where, []
-
-
-def _checked_turns(entries: list[medgrit.Entry], limits: Limits, tally: Tally) -> tuple[Turn, ...]:
-    """An image's good turns; bad ones and contradictions are refused, repeats counted and dropped."""
-    checked: list[tuple[dict[str, Any], Turn]] = []
-    for entry in entries:
-        for number, (question, answer) in enumerate(entry.pairs):
-            row = {"where": entry.where, "id": entry.id, "image": entry.image, "turn": number}
-            try:
-                checked.append((row, check_turn(question, answer, entry.task, limits)))
-            except (RowError, BoxError) as error:
-                tally.refuse(error, **row)
-    clashes = contradictions([turn for _, turn in checked])
-    kept: dict[Turn, None] = {}
-    for row, turn in checked:
-        if (turn.task, turn.question) in clashes:
-            tally.refuse(RowError("contradicting_answers", turn.question[:120]), **row)
-        elif turn in kept:
-            tally.duplicates += 1
-        else:
-            kept[turn] = None
-    return tuple(kept)
-
-
-def _samed2d(job: dict[str, Any], tally: Tally) -> Iterator[Good]:
-    root, limits = Path(job["root"]), Limits(**job["limits"])
-    names = samed2d.class_names(root)
-    for row in _job_rows(job):
-        where, image, masks = row["where"], row["image"], row["masks"]
-        place = {"where": where, "image": image}
-        try:
-            if not image:
-                raise RowError("mask_orphan", "no image of that name")
-            path = resolve(root, image)
-            name = image.rsplit("/", 1)[-1]
-            check_modality(name)
-            png, width, height = check_image(path, limits)
-            if not masks:
-                raise RowError("no_masks", image)
-        except RowError as error:
-            for mask in masks or [None]:
-                tally.refuse(error, **place, mask=mask)
-            continue
-        objects: list[tuple[str, Box]] = []
-        good: list[str] = []
-        for mask in masks:
-            try:
-                shown = samed2d.object_name(mask, names)
-                objects.append((shown, samed2d.read_mask(root, mask, width, height, limits)))
-                good.append(mask)
-            except RowError as error:
-                tally.refuse(error, **place, mask=mask)
-        if objects:
-            record = samed2d.record(name, objects, job["seed"])
-            yield record, png, (width, height), where, good
+    def writable(self) -> bool:
+        return True

@@ -5,11 +5,12 @@ Decisions:
   parts (``parts.check``, then ``parts.write``) wherever there is room. A part is ``images_per_shard`` images
   in the order they first stood in the source, and becomes one shard: which worker made it when leaves no
   trace.
-- Same source and seed, same bytes. The manifest comes last; a run that was killed is simply run again.
+- Same source and seed, same bytes. The manifest comes last; a run that was killed goes on where it was when
+  the same command is given again: parts that are done and whose files are still the same are taken.
 - Counts are in question/answer pairs (samples) and add up: ``records_in = records_out + quarantined +
   duplicates``. Of a mask folder, a quarantined mask is one row.
 - An entry that repeats an image's name joins that image; exact repeats of a pair are duplicates.
-- The output folder has to be one that driver and workers share.
+- The output is a folder that driver and workers share, or a URI (s3://).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,14 +25,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clinkd.data import parts, split
+from clinkd import storage
+from clinkd.data import parts
+from clinkd.data.census import Census
 from clinkd.data.phantoms import PhantomSpec
-from clinkd.data.records import TASKS
 from clinkd.data.shards import MANIFEST, QUARANTINE, SHARDS, DataError
 from clinkd.data.sources import Source, find_source, plan
-from clinkd.data.validate import Limits, RowError
+from clinkd.data.validate import Limits
 
-__all__ = ["DataError", "Source", "find_source", "prepare"]
+__all__ = ["DataError", "Source", "find_source", "prepare", "run"]
+
+WORK = ".work"
+"""Folder under the output that holds what a run has done so far; gone when it is whole."""
 
 Progress = Callable[[str, int, int], None]
 """Called with ("check" | "write", parts done, parts in all)."""
@@ -40,14 +44,15 @@ Progress = Callable[[str, int, int], None]
 
 def prepare(
     source: PhantomSpec | str | Path,
-    out: Path,
+    out: str | Path,
     *,
-    images: Path | None = None,
+    images: str | Path | None = None,
     seed: int = 0,
     test_fraction: float = 0.1,
     images_per_shard: int = 256,
     limits: Limits | None = None,
     strict: bool = False,
+    dry: bool = False,
     cpus: float = 0.5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -58,6 +63,7 @@ def prepare(
         seed: of the split and of the templates' choices (phantoms have a seed of their own).
         test_fraction: share of the cases that goes to test, in [0, 1).
         strict: the first refused row is an error.
+        dry: check everything and write nothing but ``out/quarantine.jsonl``.
         cpus: Ray CPUs a part's task asks for.
 
     Returns:
@@ -65,63 +71,97 @@ def prepare(
 
     Raises:
         DataError: no such source, nothing usable in it, or (strict) a refused row.
+        OSError: a bucket could not be read or written, in spite of all tries; the same call goes on.
     """
     if not 0 <= test_fraction < 1:
         raise DataError(f"a test fraction of {test_fraction}: it has to be at least 0 and below 1")
-    found, out = find_source(source, images), Path(out).absolute()
-    work = _fresh(out)
-    driver = parts.Tally(work / "quarantine-driver.jsonl")
-    base = {"kind": found.kind, "work": str(work), "seed": seed, "limits": asdict(limits or Limits())}
+    found, out = find_source(source, images), storage.absolute(storage.locate(out))
+    work = _begin(out, dry)
+    driver = parts.Tally()
+    base = {
+        "kind": found.kind,
+        "work": str(work),
+        "seed": seed,
+        "limits": asdict(limits or Limits()),
+        "dry": dry,
+    }
     jobs, given = plan(found, base, images_per_shard, driver)
-    facts = sorted(_run(parts.check, jobs, cpus, "check", progress), key=lambda fact: fact["part"])
-    _drop_repeated(facts, driver)
-    driver.close()
+    census = Census(driver)
+    facts = []
+    for fact in _in_order(run(parts.check, jobs, cpus, "check", progress)):
+        census.add(fact)
+        facts.append(fact["sha256"])
+    driver.save(work / "quarantine-driver.jsonl")
     _write_quarantine(work, out, len(jobs))
-    reasons = sum((Counter(fact["by_reason"]) for fact in facts), Counter(driver.by_reason))
-    _complain(found, out, reasons, any(fact["images"] for fact in facts), strict)
-    sides = _split(facts, seed, test_fraction)
-    shards = _run(parts.write, _write_jobs(facts, sides, work, out), cpus, "write", progress)
-    manifest = _manifest(found, given | {"refused_masks": driver.masks}, facts, reasons, sides)
-    manifest |= {"seed": seed, "test_fraction": test_fraction}
-    manifest["shards"] = sorted(shards, key=lambda shard: shard["name"])
+    reasons = driver.by_reason + census.by_reason
+    _complain(found, out, reasons, census.records > 0, strict)
+    census.settle(seed, test_fraction)
+    manifest = _manifest(found, given, census, reasons)
+    manifest |= {"seed": seed, "test_fraction": test_fraction, "leaks": census.leaks}
+    if dry:
+        storage.remove(work)
+        return manifest
+    writing = run(parts.write, _write_jobs(census, facts, work, out), cpus, "write", progress)
+    manifest["shards"] = sorted(writing, key=lambda shard: shard["name"])
     _commit(manifest, out)
-    shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 
-def _fresh(out: Path) -> Path:
-    """Takes away what a former run left, its marker first; returns the working folder."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    work = out / ".work"
-    for folder in (work, out / SHARDS):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+def _begin(out: Path, dry: bool) -> Path:
+    """Takes away a former run's marker, not what it has done; returns the working folder."""
+    work = out / WORK
+    storage.make_folder(work)
+    if not dry:
+        storage.remove(out / MANIFEST)
+        storage.make_folder(out / SHARDS)
     return work
 
 
-def _run(
+def run(
     task: Callable[[dict], dict], jobs: list[dict], cpus: float, name: str, progress: Progress | None
-) -> list[dict]:
+) -> Iterator[dict]:
     """Runs ``task`` on every job through Ray Data, one block a job; results in the order they come."""
     import ray
 
     if not ray.is_initialized():
         raise RuntimeError("prepare runs its parts through Ray Data: call ray.init() first")
     if not jobs:
-        return []
+        return
+    endpoint = storage.endpoint()
 
     def call(row: dict[str, str]) -> dict[str, str]:
-        return {"result": json.dumps(task(json.loads(row["job"])))}
+        storage.configure(endpoint)
+        try:
+            return {"result": json.dumps(task(json.loads(row["job"]))), "error": "", "kind": ""}
+        except (DataError, OSError) as error:  # told as a value: what Ray raises is pages long
+            text = " ".join(f"{error}".split())[:300] or type(error).__name__
+            kind = "data" if isinstance(error, DataError) else "storage"
+            return {"result": "", "error": text, "kind": kind}
 
-    results = []
+    done = 0
     with _quiet():
         items = [{"job": json.dumps(job)} for job in jobs]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=cpus)
         for row in dataset.iter_rows():
-            results.append(json.loads(row["result"]))
+            if row["kind"] == "data":
+                raise DataError(row["error"])
+            if row["error"]:
+                raise OSError(f"{row['error']}; give the same command again: it goes on where it was")
+            done += 1
             if progress is not None:
-                progress(name, len(results), len(jobs))
-    return results
+                progress(name, done, len(jobs))
+            yield json.loads(row["result"])
+
+
+def _in_order(facts: Iterator[dict]) -> Iterator[dict]:
+    """Parts' facts by number, each as soon as all before it are there."""
+    waiting: dict[int, dict] = {}
+    number = 0
+    for fact in facts:
+        waiting[fact["part"]] = fact
+        while number in waiting:
+            yield waiting.pop(number)
+            number += 1
 
 
 @contextlib.contextmanager
@@ -140,117 +180,78 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _drop_repeated(facts: list[dict], driver: parts.Tally) -> None:
-    """Takes out images whose file name or id an earlier one has; ``dropped`` are their rows in the part.
-
-    Only now, among images that passed: a broken row must not take the place of a good one.
-    """
-    names: set[str] = set()
-    ids: set[str] = set()
-    for fact in facts:
-        kept, fact["dropped"] = [], []
-        for place, image in enumerate(fact["images"]):
-            code = (
-                "ambiguous_image" if image["image"] in names else "duplicate_id" if image["id"] in ids else ""
-            )
-            if code:
-                fact["dropped"].append(place)
-                error = RowError(code, f"{image['image'][:120]!r}, id {image['id'][:120]!r}")
-                for mask in image["masks"] or [None] * sum(image["tasks"].values()):
-                    row = {"where": image["where"], "id": image["id"], "image": image["image"]}
-                    driver.refuse(error, **row, mask=mask)
-            else:
-                kept.append(image)
-            names.add(image["image"])
-            ids.add(image["id"])
-        fact["images"] = kept
-
-
 def _complain(source: Source, out: Path, reasons: Counter[str], usable: bool, strict: bool) -> None:
+    """Ends a run that cannot end well, and with it what it has done: what is wrong is to be repaired."""
+    if usable and not (strict and reasons):
+        return
+    storage.remove(out / WORK)
     if strict and reasons:
-        with (out / QUARANTINE).open() as file:
+        with (out / QUARANTINE).open("rb") as file:
             row = json.loads(file.readline())
         raise DataError(
             f"strict: {row['reason']} at {row['where']} ({row['detail']}): repair it or leave strict out"
         )
-    if not usable:
-        listed = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3)) or "it is empty"
-        name = ", ".join(str(path) for path in source.files) or str(source.root)
-        raise DataError(f"no usable image in {name} ({listed}): see {out / QUARANTINE}")
+    listed = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3)) or "it is empty"
+    name = ", ".join(str(path) for path in source.files) or str(source.root)
+    raise DataError(f"no usable image in {name} ({listed}): see {out / QUARANTINE}")
 
 
-def _split(facts: list[dict], seed: int, test_fraction: float) -> dict[str, str]:
-    cases: dict[str, set[str]] = {}
-    for image in (image for fact in facts for image in fact["images"]):
-        cases.setdefault(image["case"], set()).add(image["modality"])
-    return split.assign(cases, seed=seed, test_fraction=test_fraction)
-
-
-def _write_jobs(facts: list[dict], sides: dict[str, str], work: Path, out: Path) -> list[dict]:
+def _write_jobs(census: Census, checked: list[str], work: Path, out: Path) -> list[dict]:
     return [
         {
-            "part": fact["part"],
+            "part": part.number,
+            "checked": digest,
             "work": str(work),
             "shards": str(out / SHARDS),
-            "sides": [sides[image["case"]] for image in fact["images"]],
-            "dropped": fact["dropped"],
+            "sides": census.sides_of(part),
+            "dropped": part.dropped,
         }
-        for fact in facts
-        if fact["images"]
+        for part, digest in zip(census.parts, checked, strict=True)
+        if part.cases
     ]
 
 
 def _write_quarantine(work: Path, out: Path, count: int) -> None:
-    beside = out / f".{QUARANTINE}.tmp"
-    with beside.open("wb") as file:
+    with storage.whole(out / QUARANTINE) as file:
         for name in ("driver", *(f"{number:05d}" for number in range(count))):
             with (work / f"quarantine-{name}.jsonl").open("rb") as part:
                 shutil.copyfileobj(part, file)
-    os.replace(beside, out / QUARANTINE)
 
 
-def _manifest(
-    source: Source, given: dict, facts: list[dict], reasons: Counter, sides: dict
-) -> dict[str, Any]:
-    tasks, modalities, splits = Counter(dict.fromkeys(TASKS, 0)), Counter[str](), Counter[str]()
-    table: dict[str, Counter[str]] = {}
-    for image in (image for fact in facts for image in fact["images"]):
-        samples, side = sum(image["tasks"].values()), sides[image["case"]]
-        tasks.update(image["tasks"])
-        modalities[image["modality"]] += samples
-        splits[side] += samples
-        table.setdefault(image["modality"], Counter(train=0, test=0))[side] += 1
-    records_out, quarantined = sum(tasks.values()), sum(reasons.values())
-    duplicates = sum(fact["duplicates"] for fact in facts)
-    records_in = given.get("rows", records_out + quarantined + duplicates)
+def _manifest(source: Source, given: dict[str, int], census: Census, reasons: Counter) -> dict[str, Any]:
+    counts = census.counts()
+    records_out, quarantined = sum(counts["by_task"].values()), sum(reasons.values())
+    records_in = given.get("rows", census.rows)
+    if source.kind == "samed2d":  # its pairs are made here; what it gives are masks
+        records_in = records_out + quarantined + census.duplicates
     manifest = {
-        "format": 2,
+        "format": parts.FORMAT,
         "source": source.describe(),
         "records_in": records_in,
         "records_out": records_out,
         "quarantined": quarantined,
-        "duplicates": duplicates,
-        "images": sum(len(fact["images"]) for fact in facts),
-        "by_task": dict(tasks),
-        "by_modality": dict(sorted(modalities.items())),
-        "by_split": {side: splits[side] for side in ("train", "test")},
+        "duplicates": census.duplicates,
+        "images": census.records,
         "by_reason": dict(sorted(reasons.items())),
-        "images_by_modality": {name: dict(table[name]) for name in sorted(table)},
+        **counts,
     }
     if "masks" in given:
-        targets = sum(len(image["masks"]) for fact in facts for image in fact["images"])
-        refused = given["refused_masks"] + sum(fact["refused_masks"] for fact in facts)
-        manifest["masks"] = {"in": given["masks"], "targets": targets, "quarantined": refused}
-        if given["masks"] != targets + refused:
-            raise RuntimeError(f"masks were lost: {given['masks']} in, {targets} + {refused} out")
-    if records_in != records_out + quarantined + duplicates:
+        refused = census.tally.masks + census.refused_masks
+        manifest["masks"] = {"in": given["masks"], "targets": census.targets, "quarantined": refused}
+        if given["masks"] != census.targets + refused:
+            raise RuntimeError(f"masks were lost: {given['masks']} in, {census.targets} + {refused} out")
+    if records_in != records_out + quarantined + census.duplicates:
         raise RuntimeError(
-            f"rows were lost: {records_in} in, {records_out} + {quarantined} + {duplicates} out"
+            f"rows were lost: {records_in} in, {records_out} + {quarantined} + {census.duplicates} out"
         )
     return manifest
 
 
 def _commit(manifest: dict[str, Any], out: Path) -> None:
-    beside = out / f".{MANIFEST}.tmp"
-    beside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, out / MANIFEST)
+    """Takes away shards of a former run that are not this one's, writes the marker, and clears up."""
+    kept = {shard["name"] for shard in manifest["shards"]}
+    for name in storage.names(out / SHARDS):
+        if name not in kept:
+            storage.remove(out / SHARDS / name)
+    storage.write_whole(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    storage.remove(out / WORK)

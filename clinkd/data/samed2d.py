@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,16 @@ from pathlib import Path
 
 import numpy as np
 
+from clinkd import storage
 from clinkd.data.boxes import mask_box, pixels_to_grid
 from clinkd.data.records import MODALITY_NAMES, Box, Record, Turn, modality_of
 from clinkd.data.templates import caption, describe_scene, identify, locate
-from clinkd.data.validate import Limits, RowError, resolve
+from clinkd.data.validate import Folder, RowError
 
 INDEX = "SAMed2D_v1.json"
 CLASSES = "SAMed2D_v1_class_mapping_id.json"
 _MASK = re.compile(r"(?P<image>.+)--(?P<class>\d{4})_(?P<instance>\d{3})\.png")
+_MASK_CODES = {"missing_image": "mask_missing", "unreadable_image": "mask_unreadable"}
 FULL = 0.95
 """Share of the image above which a mask says nothing about a place."""
 
@@ -87,9 +88,9 @@ def _index_items(index: Path) -> Iterator[tuple[str, object]]:
 def _by_name(root: Path) -> Iterator[Masked]:
     masks: dict[str, list[str]] = {}
     orphans: list[str] = []
-    images = sorted(entry.name for entry in os.scandir(root / "images") if not entry.name.startswith("."))
+    images = [name for name in storage.names(root / "images") if not name.startswith(".")]
     stems = {name.rsplit(".", 1)[0] for name in images}
-    for name in sorted(entry.name for entry in os.scandir(root / "masks") if not entry.name.startswith(".")):
+    for name in (name for name in storage.names(root / "masks") if not name.startswith(".")):
         match = _MASK.fullmatch(name)
         stem = match["image"] if match else name.rsplit(".", 1)[0].rsplit("--", 1)[0]
         (masks.setdefault(stem, []) if stem in stems else orphans).append(f"masks/{name}")
@@ -136,7 +137,7 @@ def object_name(mask: str, names: Mapping[str, Mapping[str, str]] | None) -> str
     return name
 
 
-def read_mask(root: Path, mask: str, width: int, height: int, limits: Limits) -> Box:
+def read_mask(folder: Folder, mask: str, width: int, height: int) -> Box:
     """The grid box of a mask file's foreground.
 
     Raises:
@@ -145,12 +146,11 @@ def read_mask(root: Path, mask: str, width: int, height: int, limits: Limits) ->
     from PIL import Image
 
     try:
-        path = resolve(root, mask)
+        data = folder.read(mask)
     except RowError as error:
-        code = "mask_missing" if error.code == "missing_image" else error.code
-        raise RowError(code, error.detail) from None
+        raise RowError(_MASK_CODES.get(error.code, error.code), error.detail) from None
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",))
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.size != (width, height):  # before any pixel is decoded: the image's size is within the limit
             raise RowError("mask_wrong_size", f"{image.width} x {image.height}, the image {width} x {height}")
         pixels = (

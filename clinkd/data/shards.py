@@ -4,15 +4,18 @@ its turns.
 Decisions:
 - The manifest is written last: a folder without one is not prepared, whatever else it holds.
 - Readers that do not need pixels do not read them: the image bytes are a Parquet column of their own.
+- A folder is a path, a URI (s3://) or a path object; which of them makes no difference.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from clinkd import storage
 from clinkd.data.records import sample_id
 
 MANIFEST, SHARDS, QUARANTINE = "manifest.json", "shards", "quarantine.jsonl"
@@ -48,15 +51,15 @@ def schema() -> Any:
     )
 
 
-def read_manifest(data: Path) -> dict[str, Any]:
+def read_manifest(data: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
         DataError: no manifest, or one that is not JSON.
     """
-    path = Path(data) / MANIFEST
+    path = storage.locate(data) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"no prepared data in {data} (no {MANIFEST}): run `clinkd prepare` into it") from None
     except (ValueError, OSError) as error:
@@ -66,40 +69,90 @@ def read_manifest(data: Path) -> dict[str, Any]:
     return manifest
 
 
-def shard_paths(data: Path) -> list[Path]:
+def shard_paths(data: str | Path) -> list[Path]:
     """The shards' files in the manifest's order.
 
     Raises:
         DataError: no manifest, or a shard that it lists is not there.
     """
-    paths = [Path(data) / SHARDS / shard["name"] for shard in read_manifest(data)["shards"]]
+    folder = storage.locate(data) / SHARDS
+    paths = [folder / shard["name"] for shard in read_manifest(data)["shards"]]
+    there = set(storage.names(folder))
     for path in paths:
-        if not path.is_file():
+        if path.name not in there:
             raise DataError(f"{path} is listed in the manifest but not there: run `clinkd prepare` again")
     return paths
 
 
-def iter_rows(
-    data: Path, split: str | None = None, *, columns: list[str] | None = None, batch_size: int = 64
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A Parquet file to read from, on a disk or in a bucket.
+
+    Raises:
+        DataError: it is not there, or no whole Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        opened = path.open("rb") if storage.is_remote(path) else str(path)
+        file = pq.ParquetFile(opened)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        text = " ".join(str(error).split())[:120]
+        raise DataError(f"{path} is no whole Parquet file ({text}): run `clinkd prepare` again") from None
+    with file:
+        yield file
+
+
+def row_count(path: Path) -> int:
+    """Rows of a Parquet file. Raises DataError like ``open_parquet``."""
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def rows_of(
+    path: Path,
+    first: int = 0,
+    count: int | None = None,
+    *,
+    columns: list[str] | None = None,
+    batch_size: int = 64,
 ) -> Iterator[dict[str, Any]]:
-    """Streams the shards' rows (one per image), ``batch_size`` at a time in memory.
+    """Streams rows ``first`` .. ``first + count`` of one Parquet file; columns it has not are left out."""
+    with open_parquet(path) as file:
+        known = set(file.schema_arrow.names)
+        wanted = None if columns is None else [name for name in columns if name in known]
+        stop = file.metadata.num_rows if count is None else first + count
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            if start < stop and end > first:
+                at = start
+                for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=wanted):
+                    for row in batch.to_pylist():
+                        if first <= at < stop:
+                            yield row
+                        at += 1
+            start = end
+
+
+def iter_rows(
+    data: str | Path, split: str | None = None, *, columns: list[str] | None = None, batch_size: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Streams the shards' rows (one per record), ``batch_size`` at a time in memory.
 
     Args:
         split: "train", "test" or None for both.
         columns: of ``schema()``; None for all, image bytes included.
     """
-    import pyarrow.parquet as pq
-
     wanted = columns if columns is None or "split" in columns else [*columns, "split"]
     for path in shard_paths(data):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=batch_size, columns=wanted):
-                for row in batch.to_pylist():
-                    if split is None or row["split"] == split:
-                        yield row
+        for row in rows_of(path, columns=wanted, batch_size=batch_size):
+            if split is None or row["split"] == split:
+                yield row
 
 
-def samples(data: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
+def samples(data: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]:
     """Streams samples, no pixels: sample, id, image, modality, split, turn, and the turn's own fields."""
     for row in iter_rows(data, split, columns=LIGHT):
         for number, turn in enumerate(row["turns"]):
@@ -114,18 +167,17 @@ def samples(data: Path, split: str | None = None) -> Iterator[dict[str, Any]]:
             }
 
 
-def images(data: Path, names: Collection[str]) -> dict[str, bytes]:
+def images(data: str | Path, names: Collection[str]) -> dict[str, bytes]:
     """The image bytes of the named images; names that are not there are left out."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     wanted = set(names)
     found: dict[str, bytes] = {}
     for path in shard_paths(data):
         if not wanted - found.keys():
             break
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             for group in range(file.num_row_groups):
                 listed = file.read_row_group(group, columns=["image"])["image"]
                 if not wanted.intersection(listed.to_pylist()):

@@ -1,7 +1,8 @@
 """Train and test, by case.
 
 Decisions:
-- A case (the patient part of a name) goes to one side whole, whatever modalities it was imaged with.
+- A case (the patient part of a name) goes to one side whole, whatever modalities it was imaged with; so
+  does a group of cases that share images or hold near-duplicates (``census``).
 - The order in which cases go to test is a hash of (seed, case): it does not depend on what else is in the
   data.
 - Each modality gives its share, at least one case to each side where it has two; the rounding carries over
@@ -12,7 +13,7 @@ Decisions:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 
 def assign(cases: Mapping[str, Collection[str]], *, seed: int, test_fraction: float) -> dict[str, str]:
@@ -42,6 +43,23 @@ def assign(cases: Mapping[str, Collection[str]], *, seed: int, test_fraction: fl
     if test_fraction > 0 and len(split) > 1 and "test" not in split.values():  # one case of each modality
         split[min(split, key=lambda case: (_rank(seed, case), case))] = "test"
     return split
+
+
+def groups(count: int, joined: Iterable[tuple[int, int]]) -> list[int]:
+    """Numbers 0 .. count - 1 as groups: what a pair joins, directly or through others, has one number.
+
+    Returns:
+        The group of each, numbered in order of first appearance.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = np.array(list(joined), dtype=np.int64).reshape(-1, 2)
+    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    _, labels = connected_components(links, directed=False)
+    seen: dict[int, int] = {}
+    return [seen.setdefault(label, len(seen)) for label in labels.tolist()]
 
 
 def _rank(seed: int, case: str) -> bytes:

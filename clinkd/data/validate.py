@@ -13,14 +13,21 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
+from clinkd import storage
 from clinkd.data.boxes import BoxError, from_qwen, parse_boxes
 from clinkd.data.records import MODALITIES, TASKS, Turn, modality_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 REASONS = {
     "missing_image": "the image file is not there",
@@ -28,6 +35,7 @@ REASONS = {
     "unreadable_image": "the file is not a PNG or JPEG that can be decoded",
     "truncated": "the image file ends too early",
     "bomb": "more pixels than the limit",
+    "too_many_bytes": "an image file larger than the limit",
     "bad_mode": "a pixel format other than grey, RGB or palette, 8 bits deep",
     "bad_shape": "an image too small, or too long for its width, for the vision tower",
     "path_escape": "an image name that leaves the images' folder",
@@ -91,6 +99,7 @@ class Limits:
     """What is too large or too small."""
 
     max_pixels: int = 64_000_000
+    max_bytes: int = 256_000_000  # of one image file
     min_side: int = 8  # pixels
     max_aspect: int = 200  # longer side over shorter; Qwen2-VL's processor refuses more
     max_chars: int = 8_000  # of one question or answer; the recipe cuts at 2,048 tokens
@@ -186,38 +195,80 @@ def check_name(name: str) -> str:
     return name
 
 
-def resolve(root: Path, name: str) -> Path:
-    """The file ``name`` (a relative path with ``/``) under ``root``; a leading folder named like ``root`` may
-    be left out.
+def resolve(root: Path, name: str) -> list[Path]:
+    """Where the file ``name`` (a relative path with ``/``) under ``root`` may lie, likeliest first; a leading
+    folder named like ``root`` may be left out.
 
     Raises:
         RowError: path_escape for absolute paths, ``..`` and links that lead out of ``root``; missing_image
-        where there
-            is no such file; those of ``check_name``.
+            where the name cannot be a file's; those of ``check_name``.
     """
     check_name(name)
-    path = PurePosixPath(name)
-    windows = PureWindowsPath(name)
+    path, windows = PurePosixPath(name), PureWindowsPath(name)
     if not name or path.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise RowError("path_escape", repr(name[:120]))
-    real_root = root.resolve()
-    tries = [root / path]
+    tries = [root / str(path)]
     if len(path.parts) > 1 and path.parts[0] == root.name:
         tries.append(root.joinpath(*path.parts[1:]))
+    if storage.is_remote(root):
+        return tries
+    real_root = root.resolve()
     for candidate in tries:
-        real = candidate.resolve()
-        if not real.is_relative_to(real_root):
-            raise RowError("path_escape", f"{name[:120]!r} is a link out of the folder")
         try:
-            if real.is_file():
-                return real
-        except OSError as error:  # a name too long for the file system
-            raise RowError("missing_image", f"{name[:120]!r}: {error.strerror}") from None
-    raise RowError("missing_image", repr(name[:120]))
+            inside = candidate.resolve().is_relative_to(real_root)
+        except (OSError, RuntimeError) as error:  # too long a name, links in a circle
+            raise RowError("missing_image", f"{name[:120]!r}: {error}"[:200]) from None
+        if not inside:
+            raise RowError("path_escape", f"{name[:120]!r} is a link out of the folder")
+    return tries
 
 
-def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, int]:
-    """(bytes as they are in the file, width, height) of a PNG or JPEG that decodes whole.
+class Folder:
+    """A folder that files are read from by names a stranger wrote; ``seen`` keeps what each file was.
+
+    On a bucket a file that cannot be read for another reason than not being there raises OSError: an outage
+    is no row's fault.
+    """
+
+    def __init__(self, root: Path, limits: Limits) -> None:
+        self.root, self.limits = root, limits
+        self.seen: dict[str, str | None] = {}
+
+    def read(self, name: str) -> bytes:
+        """The bytes of file ``name``.
+
+        Raises:
+            RowError: missing_image, unreadable_image, too_many_bytes; those of ``resolve``.
+        """
+        try:
+            for path in resolve(self.root, name):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    data, self.seen[name] = storage.read_stamped(path, self.limits.max_bytes)
+                    return data
+        except OverflowError as error:
+            self.seen[name] = None
+            raise RowError("too_many_bytes", str(error)) from None
+        except OSError as error:
+            self.seen[name] = None
+            if storage.is_remote(self.root):
+                raise
+            long = error.errno == errno.ENAMETOOLONG
+            code = "missing_image" if long else "unreadable_image"
+            raise RowError(code, f"{name[:120]!r}: {error.strerror}") from None
+        self.seen[name] = None
+        raise RowError("missing_image", repr(name[:120]))
+
+    def unchanged(self, seen: dict[str, str | None]) -> bool:
+        """Whether the files are what they were when a former run read them."""
+        for name, stamp in seen.items():
+            stamps = (storage.stamp(path) for path in resolve(self.root, name))
+            if stamp is None or next((found for found in stamps if found), None) != stamp:
+                return False
+        return True
+
+
+def check_image(data: bytes, limits: Limits | None = None) -> Image.Image:
+    """A PNG or JPEG that decodes whole, decoded.
 
     Raises:
         RowError: zero_byte, unreadable_image, truncated, bomb, bad_mode or bad_shape.
@@ -225,12 +276,8 @@ def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, i
     from PIL import Image
 
     limits = limits or Limits()
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RowError("unreadable_image", str(error.strerror)) from None
     if not data:
-        raise RowError("zero_byte", path.name)
+        raise RowError("zero_byte", "an empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -248,7 +295,7 @@ def check_image(path: Path, limits: Limits | None = None) -> tuple[bytes, int, i
         data.startswith(_PNG) and _broken(data, "") == "truncated"
     ):  # the decoder does not miss a PNG's last chunk
         raise RowError("truncated", "no end of the PNG")
-    return data, image.width, image.height
+    return image
 
 
 def _broken(data: bytes, message: str) -> str:

@@ -25,7 +25,7 @@ TILE, CAPTION, COLUMNS = 256, 18, 4
 LONGEST_LABEL = 28
 
 
-def sample_sheet(data: Path, out: Path, *, count: int = 16, seed: int = 0) -> int:
+def sample_sheet(data: str | Path, out: Path, *, count: int = 16, seed: int = 0) -> int:
     """Writes up to ``count`` images of a prepared folder with their boxes to ``out`` (PNG).
 
     Returns:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from clinkd import storage
 from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
 from clinkd.progress import Progress
@@ -85,6 +86,7 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
     """A run's folder, progress (shown on ``stream``) and store; a Ray that was started here ends with it."""
     from clinkd import cluster
 
+    storage.configure(config.data.endpoint_url)
     check_inputs(config)
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,7 @@ def check_inputs(config: RunConfig) -> None:
     if config.teacher.path is not None and config.model.path is None:
         raise ConfigError("model.path: a teacher by path needs a student by path (they share a vocabulary)")
     if config.data.source != "phantoms":
-        find_source(config.data.source, Path(config.data.images) if config.data.images else None)
+        find_source(config.data.source, config.data.images)
     if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
         cluster.check_workers(config.compute.workers, config.compute.cpus_per_worker, cluster.real_cores())
 

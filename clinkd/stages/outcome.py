@@ -156,7 +156,7 @@ def keep_model(run: Run, stage: str) -> None:
 
 
 def predict_folder(
-    checkpoint: Path, data: Path, out: Path, split: str, batch_size: int, max_new_tokens: int
+    checkpoint: Path, data: str | Path, out: Path, split: str, batch_size: int, max_new_tokens: int
 ) -> int:
     """Answers of any checkpoint to any prepared data; returns their number."""
     from clinkd.data.ingest import read_records

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from clinkd import storage
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import DataSection
 from clinkd.stages.base import Run, content_digest
@@ -13,7 +14,7 @@ from clinkd.stages.base import Run, content_digest
 def prepare(run: Run) -> Artifact:
     """Images and questions to shards."""
     data = run.config.data
-    settings = data.model_dump() | {
+    settings = data.model_dump(exclude={"endpoint_url"}) | {
         "seed": run.config.run.seed,
         "content": _content(data),
     }
@@ -28,7 +29,7 @@ def prepare(run: Run) -> Artifact:
         manifest = write(
             phantoms if data.source == "phantoms" else data.source,
             draft.path,
-            images=Path(data.images) if data.images else None,
+            images=data.images,
             seed=run.config.run.seed,
             test_fraction=data.test_fraction,
             images_per_shard=data.records_per_shard,
@@ -44,6 +45,15 @@ def prepare(run: Run) -> Artifact:
 
 
 def _content(data: DataSection) -> str:
-    """What lies in the source: has it to be prepared again?"""
+    """What lies in the source: has it to be prepared again?
+
+    Of a bucket the files that say what is in it are looked at, not its millions of images.
+    """
+    from clinkd.data.sources import find_source, told_by
+
     roots = [None if data.source == "phantoms" else data.source, data.images]
-    return content_digest(*(Path(root) for root in roots if root))
+    local = content_digest(*(Path(root) for root in roots if root and not storage.is_remote(root)))
+    if not any(root and storage.is_remote(root) for root in roots):
+        return local
+    told = told_by(find_source(data.source, data.images))
+    return "\n".join([local, *(f"{path} {storage.stamp(path)}" for path in told)])

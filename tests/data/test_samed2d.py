@@ -13,7 +13,7 @@ from PIL import Image
 
 from clinkd.data.boxes import parse_boxes
 from clinkd.data.samed2d import CLASSES, INDEX, class_names, is_folder, object_name, read, read_mask, record
-from clinkd.data.validate import Limits, RowError, check_turn
+from clinkd.data.validate import Folder, Limits, RowError, check_turn
 
 STEM = "ct_00--AMOS--p.1 a--z_0001"
 SIDE = 100
@@ -43,9 +43,10 @@ def save(root: Path, pixels: np.ndarray, code: str = "0003_000", mode: str | Non
 def test_a_mask_becomes_the_box_of_its_foreground(root: Path) -> None:
     pixels = mask((10, 20, 30, 40))
     for mode in ("L", "1", "P", "RGB", "RGBA"):
-        assert read_mask(root, save(root, pixels, mode=mode), SIDE, SIDE, Limits()) == (100, 200, 300, 400)
+        path = save(root, pixels, mode=mode)
+        assert read_mask(Folder(root, Limits()), path, SIDE, SIDE) == (100, 200, 300, 400)
     low = save(root, (pixels > 0).astype(np.uint8))  # foreground 1, not 255
-    assert read_mask(root, low, SIDE, SIDE, Limits()) == (100, 200, 300, 400)
+    assert read_mask(Folder(root, Limits()), low, SIDE, SIDE) == (100, 200, 300, 400)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_mask_becomes_the_box_of_its_foreground(root: Path) -> None:
 )
 def test_a_mask_that_says_nothing_is_refused(root: Path, pixels: np.ndarray, code: str) -> None:
     with pytest.raises(RowError) as caught:
-        read_mask(root, save(root, pixels), SIDE, SIDE, Limits())
+        read_mask(Folder(root, Limits()), save(root, pixels), SIDE, SIDE)
     assert caught.value.code == code
 
 
@@ -70,16 +71,16 @@ def test_files_that_are_no_masks_are_refused(root: Path) -> None:
     for body in (b"", b"not an image", data[: len(data) // 2]):
         (root / path).write_bytes(body)
         with pytest.raises(RowError, match="mask_unreadable"):
-            read_mask(root, path, SIDE, SIDE, Limits())
+            read_mask(Folder(root, Limits()), path, SIDE, SIDE)
     with pytest.raises(RowError, match="mask_missing"):
-        read_mask(root, "masks/none.png", SIDE, SIDE, Limits())
+        read_mask(Folder(root, Limits()), "masks/none.png", SIDE, SIDE)
     with pytest.raises(RowError, match="path_escape"):
-        read_mask(root, "../mask.png", SIDE, SIDE, Limits())
+        read_mask(Folder(root, Limits()), "../mask.png", SIDE, SIDE)
 
 
 def test_a_large_structure_that_leaves_the_image_is_no_inverted_mask(root: Path) -> None:
     path = save(root, mask((0, 0, 70, SIDE)))
-    assert read_mask(root, path, SIDE, SIDE, Limits()) == (0, 0, 700, 1000)
+    assert read_mask(Folder(root, Limits()), path, SIDE, SIDE) == (0, 0, 700, 1000)
 
 
 def test_names_come_from_the_mapping(root: Path) -> None:

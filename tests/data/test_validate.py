@@ -16,6 +16,7 @@ from clinkd.data.boxes import BoxError
 from clinkd.data.records import Turn
 from clinkd.data.validate import (
     REASONS,
+    Folder,
     Limits,
     RowError,
     check_image,
@@ -25,7 +26,6 @@ from clinkd.data.validate import (
     contradictions,
     infer_task,
     reason,
-    resolve,
 )
 
 BOX = "<box>(1,2),(3,4)</box>"
@@ -194,27 +194,22 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "image.png"
-    path.write_bytes(BAD_FILES[name])
-    assert code_of(check_image, path) == name.split(":")[0]
+def test_a_bad_file_is_refused_with_its_reason(name: str) -> None:
+    assert code_of(check_image, BAD_FILES[name]) == name.split(":")[0]
 
 
 @pytest.mark.parametrize(
     "data",
     [png(), png("L"), png("P"), png("RGBA"), png("LA"), png("1"), png(form="JPEG"), png("L", form="JPEG")],
 )
-def test_a_good_file_comes_out_as_it_is(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "image.png"
-    path.write_bytes(data)
-    assert check_image(path) == (data, 16, 16)
+def test_a_good_file_decodes(data: bytes) -> None:
+    assert check_image(data).size == (16, 16)
 
 
-def test_limits_are_the_callers(tmp_path: Path) -> None:
-    path = tmp_path / "image.png"
-    path.write_bytes(png())
-    assert code_of(check_image, path, Limits(max_pixels=255)) == "bomb"
-    assert code_of(check_image, path, Limits(min_side=17)) == "bad_shape"
+def test_limits_are_the_callers(root: Path) -> None:
+    assert code_of(check_image, png(), Limits(max_pixels=255)) == "bomb"
+    assert code_of(check_image, png(), Limits(min_side=17)) == "bad_shape"
+    assert code_of(Folder(root, Limits(max_bytes=len(png()) - 1)).read, "a.png") == "too_many_bytes"
     assert code_of(clean_text, "abc", Limits(max_chars=2)) == "too_long"
 
 
@@ -240,8 +235,10 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["a.png", "./a.png", "sub/b.png", "with space.v1.png", "in.png", "images/a.png"]
 )
-def test_names_within_the_folder_resolve(root: Path, name: str) -> None:
-    assert resolve(root, name).is_file()
+def test_names_within_the_folder_are_read(root: Path, name: str) -> None:
+    folder = Folder(root, Limits())
+    assert folder.read(name) == png()
+    assert folder.unchanged(folder.seen)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +263,23 @@ def test_names_within_the_folder_resolve(root: Path, name: str) -> None:
     ],
 )
 def test_other_names_are_refused(root: Path, name: str, code: str) -> None:
-    assert code_of(resolve, root, name) == code
+    assert code_of(Folder(root, Limits()).read, name) == code
 
 
 def test_the_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    assert resolve(tmp_path / "link", "a.png") == root / "a.png"
+    assert Folder(tmp_path / "link", Limits()).read("a.png") == png()
+
+
+def test_a_folder_knows_files_that_changed_since(root: Path) -> None:
+    folder = Folder(root, Limits())
+    with pytest.raises(RowError):
+        folder.read("late.png")
+    missed = dict(folder.seen)
+    folder.seen.clear()
+    folder.read("a.png")
+    assert folder.unchanged(folder.seen) and not folder.unchanged(missed)
+    (root / "a.png").write_bytes(png("L"))
+    assert not folder.unchanged(folder.seen)
+    (root / "a.png").unlink()
+    assert not folder.unchanged(folder.seen)
