@@ -74,12 +74,17 @@ def measure(data: Path, model: Path, chosen: argparse.Namespace) -> None:
                 first = first or time.perf_counter() - start
             seconds = time.perf_counter() - start
             note = "warm-up, not counted" if turn == 0 else f"round {turn}"
-            print(f"{note}: {name}: {images} images, {images / seconds:.1f}/s, first batch {first:.2f} s", flush=True)
+            print(
+                f"{note}: {name}: {images} images, {images / seconds:.1f}/s, first batch {first:.2f} s",
+                flush=True,
+            )
             if turn:
                 rates[name].append(images / seconds)
     base = statistics.median(next(iter(rates.values())))
     for name, found in rates.items():
-        print(f"{name}: {statistics.median(found):.1f} images/s, {statistics.median(found) / base:.2f} of the DataLoader")
+        print(
+            f"{name}: {statistics.median(found):.1f} images/s, {statistics.median(found) / base:.2f} of the DataLoader"
+        )
     breakdown(data, model)
 
 
@@ -136,20 +141,19 @@ def feed_side(
 
     import torch
 
-    from clinkd.data.feed import Resources, build_index
+    from clinkd.data.feed import Resources, Shards, build_index
     from clinkd.data.plan import PlanOptions
-    from clinkd.data.shards import shard_paths
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.batches import BatchSpec
     from clinkd.train.feed import Stream, StreamSpec
     from clinkd.train.pixels import Numbers, load_processor
 
     batch = BatchSpec(str(model), RopeGuidance(), packed=False)
-    index = build_index(data, "train", batch.measure)
+    index = build_index(Shards.of(data), "train", batch.measure)
     index = dataclasses.replace(index, lengths=[lengths[:1] for lengths in index.lengths])
     path = index.write(model / f"index-{actors}.arrow")
     spec = StreamSpec(
-        batch, PlanOptions(0, chosen.batch), str(path), tuple(map(str, shard_paths(data))),
+        batch, PlanOptions(0, chosen.batch), str(path), Shards.of(data),
         Resources(chosen.workers, 0.5, actors),
     )  # fmt: skip
     numbers = Numbers(load_processor(str(model)))
@@ -160,7 +164,10 @@ def feed_side(
         state = {"epoch": epoch, "past": []}
         for arrays in Stream(spec, 0, 1, spec.rounds(epoch, 1), state):
             pixels = numbers(arrays["pixels"], arrays["channels"], arrays["image_grid_thw"])
-            copies = {name: torch.from_numpy(arrays[name].copy()) for name in ("input_ids", "labels", "position_ids")}
+            copies = {
+                name: torch.from_numpy(arrays[name].copy())
+                for name in ("input_ids", "labels", "position_ids")
+            }
             yield copies | {"pixel_values": pixels, "image_grid_thw": arrays["image_grid_thw"]}
 
     return batches
@@ -187,7 +194,8 @@ def breakdown(data: Path, model: Path) -> None:
     patches = [join([cut(processor, row["png"])]) for row in rows]
     floats = [processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
     assert all(
-        torch.allclose(numbers(**part), wanted, atol=1e-5) for part, wanted in zip(patches, floats, strict=True)
+        torch.allclose(numbers(**part), wanted, atol=1e-5)
+        for part, wanted in zip(patches, floats, strict=True)
     )
     grey = np.mean([int(part["channels"][0]) == 1 for part in patches])
     print(f"one image in ms, one process ({grey:.0%} of the images are grey):")
@@ -207,7 +215,9 @@ def breakdown(data: Path, model: Path) -> None:
             work()
         print(f"  {name}: {(time.perf_counter() - start) / 3 / len(rows) * 1e3:.2f}")
     sizes = [sum(value.nbytes for value in part.values()) for part in patches]
-    print(f"bytes an image: DataLoader {np.mean([value.nbytes for value in floats]):.0f}, feed {np.mean(sizes):.0f}")
+    print(
+        f"bytes an image: DataLoader {np.mean([value.nbytes for value in floats]):.0f}, feed {np.mean(sizes):.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def declared_cpus(workers: int, cpus_per_worker: float) -> float:
 def feed_cpus(workers: int, cpus_per_worker: float, tasks: int) -> float:
     """CPUs that a task of a training worker's feed declares, ``tasks`` of them beside each worker.
 
-    All of them must find room at one time: one that waits for another worker's would hold that worker up, which
-    waits for it in turn.
+    All of them must find room at one time: one that waits for another worker's would hold its own worker up,
+    for which the other waits in turn.
     """
     import ray
 

@@ -53,17 +53,21 @@ class DataSection(Section):
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are quarantined")
     records_per_shard: int = Field(512, ge=1)
-    feed: Literal["table", "stream"] = Field(
+
+
+class FeedSection(Section):
+    """How training samples reach the workers of the stage teacher; the other stages read a table."""
+
+    mode: Literal["table", "stream"] = Field(
         "table",
-        description="how the stage teacher gets its samples: from a file of all records on each node, or "
-        "streamed from the shards while it trains (for data that a node cannot hold); the other stages read "
-        "a table",
+        description="table: all records in a file on each node; stream: drawn from the shards in training, "
+        "for data that no node can hold",
     )
     pack_tokens: int | None = Field(
         None,
         ge=64,
-        description="stream: pack samples into sequences of at most so many tokens, of which batch_size then "
-        "counts; none: one sequence per sample, padded",
+        description="stream: samples share sequences of at most so many tokens, counted by batch_size; "
+        "none: a sequence each, padded",
     )
     conversations: bool = Field(
         False, description="stream: all turns of a record as one conversation, not each turn for itself"
@@ -71,14 +75,14 @@ class DataSection(Section):
     window: int = Field(
         4, ge=1, description="stream: row groups (of 64 records) that are read and shuffled together"
     )
-    feed_tasks: int = Field(
-        2, ge=1, description="stream: tasks that decode and pack at one time, for each training worker"
+    tasks: int = Field(
+        2, ge=1, description="stream: tasks that decode and pack at one time for each training worker"
     )
 
     @model_validator(mode="after")
-    def _streamed(self) -> DataSection:
-        if self.feed == "table" and (self.pack_tokens is not None or self.conversations):
-            raise ValueError("pack_tokens and conversations need feed: stream")
+    def _streamed(self) -> FeedSection:
+        if self.mode == "table" and (self.pack_tokens is not None or self.conversations):
+            raise ValueError("pack_tokens and conversations need mode: stream")
         return self
 
 
@@ -296,6 +300,7 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
+    feed: FeedSection = FeedSection()
     model: ModelSection = ModelSection()
     teacher: TeacherSection = TeacherSection()
     rope: RopeSection = RopeSection()

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from clinkd import storage
 from clinkd.data.plan import Batch, LengthIndex, group_length
-from clinkd.data.shards import LIGHT, shard_paths
+from clinkd.data.shards import LIGHT, open_parquet, shard_paths
 
 Arrays = dict[str, np.ndarray]
 Place = tuple[int, int, int]
@@ -48,6 +49,24 @@ class Asked:
 
 Make = Callable[[list[list[Asked]]], Arrays]
 """Arrays of a batch from its sequences; no sequences: a filler."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of prepared data, and the S3 endpoint that leads to them; travels to the tasks by value."""
+
+    paths: tuple[str, ...]
+    endpoint: str | None = None
+
+    @classmethod
+    def of(cls, data: str | Path) -> Shards:
+        """Raises DataError like ``shard_paths``."""
+        return cls(tuple(str(storage.absolute(path)) for path in shard_paths(data)), storage.endpoint())
+
+    def open(self, number: int) -> Any:
+        """A context with the ParquetFile of a shard. Raises DataError like ``open_parquet``."""
+        storage.configure(self.endpoint)
+        return open_parquet(storage.locate(self.paths[number]))
 
 
 @dataclass(frozen=True)
@@ -88,13 +107,13 @@ def jobs(index: LengthIndex, batches: Iterable[Batch]) -> Iterator[list[Any]]:
         yield job
 
 
-def run_job(job: list[Any], paths: list[str], make: Make) -> Iterator[Arrays]:
+def run_job(job: list[Any], shards: Shards, make: Make) -> Iterator[Arrays]:
     """The batches of a job, in order.
 
     Raises:
         FeedError: a record that cannot be read, decoded or made into a batch.
     """
-    rows = _Rows(paths)
+    rows = _Rows(shards)
     for batch in job:
         sequences = [
             [Asked(rows[place], documents, tokens) for place, documents, tokens in sequence]
@@ -106,21 +125,20 @@ def run_job(job: list[Any], paths: list[str], make: Make) -> Iterator[Arrays]:
 class _Rows:
     """Rows of the shards by place; each row group is read once and kept while the job runs."""
 
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
         self._groups: dict[tuple[int, int], Any] = {}
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
         shard, group, row = place
         if (shard, group) not in self._groups:
             try:
-                with pq.ParquetFile(self.paths[shard]) as file:
-                    self._groups[shard, group] = file.read_row_group(group, columns=PIXELS)
+                with self.shards.open(shard) as file:
+                    known = [name for name in PIXELS if name in file.schema_arrow.names]
+                    self._groups[shard, group] = file.read_row_group(group, columns=known)
             except Exception as error:
                 raise FeedError(
-                    f"{self.paths[shard]}: row group {group} cannot be read ({error}); "
+                    f"{self.shards.paths[shard]}: row group {group} cannot be read ({error}); "
                     "run `clinkd prepare` again"
                 ) from None
         return dict(self._groups[shard, group].slice(row, 1).to_pylist()[0])
@@ -149,7 +167,7 @@ def from_rows(table: Any) -> Iterator[Arrays]:
         }
 
 
-def stream(work: Iterable[list[Any]], paths: list[str], make: Make, resources: Resources) -> Iterator[Arrays]:
+def stream(work: Iterable[list[Any]], shards: Shards, make: Make, resources: Resources) -> Iterator[Arrays]:
     """Runs jobs through Ray Data and yields their batches in order.
 
     Args:
@@ -163,19 +181,19 @@ def stream(work: Iterable[list[Any]], paths: list[str], make: Make, resources: R
     for job in work:
         chunk.append(job)
         if len(chunk) == JOBS_PER_PIPELINE:
-            yield from _pipeline(chunk, paths, make, resources)
+            yield from _pipeline(chunk, shards, make, resources)
             chunk = []
     if chunk:
-        yield from _pipeline(chunk, paths, make, resources)
+        yield from _pipeline(chunk, shards, make, resources)
 
 
-def _pipeline(chunk: list[list[Any]], paths: list[str], make: Make, resources: Resources) -> Iterator[Arrays]:
+def _pipeline(chunk: list[list[Any]], shards: Shards, make: Make, resources: Resources) -> Iterator[Arrays]:
     import ray.data
 
     _quiet()
     rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in chunk], override_num_blocks=len(chunk))
     made = rows.map_batches(
-        batch_size=1, batch_format="pyarrow", num_cpus=resources.cpus, **_workers(paths, make, resources)
+        batch_size=1, batch_format="pyarrow", num_cpus=resources.cpus, **_workers(shards, make, resources)
     )
     options = made.context.execution_options
     options.preserve_order = True
@@ -189,13 +207,13 @@ def _pipeline(chunk: list[list[Any]], paths: list[str], make: Make, resources: R
         raise _cause(error) from None
 
 
-def _workers(paths: list[str], make: Make, resources: Resources) -> dict[str, Any]:
+def _workers(shards: Shards, make: Make, resources: Resources) -> dict[str, Any]:
     import ray.data
 
     if resources.actors:
         pool: Any = ray.data.ActorPoolStrategy(size=resources.tasks)
-        return {"fn": _Jobs, "fn_constructor_args": (paths, make), "compute": pool}
-    return {"fn": _run_rows, "fn_args": (paths, make), "compute": ray.data.TaskPoolStrategy(resources.tasks)}
+        return {"fn": _Jobs, "fn_constructor_args": (shards, make), "compute": pool}
+    return {"fn": _run_rows, "fn_args": (shards, make), "compute": ray.data.TaskPoolStrategy(resources.tasks)}
 
 
 def _quiet() -> None:
@@ -208,35 +226,31 @@ def _quiet() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _run_rows(table: Any, paths: list[str], make: Make) -> Iterator[Any]:
+def _run_rows(table: Any, shards: Shards, make: Make) -> Iterator[Any]:
     for packed in table.column("job").to_pylist():
-        yield from map(to_row, run_job(pickle.loads(packed), paths, make))
+        yield from map(to_row, run_job(pickle.loads(packed), shards, make))
 
 
 class _Jobs:
-    def __init__(self, paths: list[str], make: Make) -> None:
-        self.paths, self.make = paths, make
+    def __init__(self, shards: Shards, make: Make) -> None:
+        self.shards, self.make = shards, make
 
     def __call__(self, table: Any) -> Iterator[Any]:
-        yield from _run_rows(table, self.paths, self.make)
+        yield from _run_rows(table, self.shards, self.make)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The FeedError that Ray wrapped, or the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None)
-        for found in (seen, inner):
-            if isinstance(found, FeedError):
-                return FeedError(*found.args[:1]) if type(found) is FeedError else _plain(found)
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__ or seen.__context__
+    """The FeedError that Ray wrapped, as it was raised; or else the error itself."""
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        seen = waiting.pop()
+        if seen is None:
+            continue
+        inner = getattr(seen, "cause", None)  # of Ray's own wrappers, which are also of the cause's class
+        if isinstance(seen, FeedError) and inner is None:
+            return FeedError(*seen.args)
+        waiting += [seen.__context__, seen.__cause__, inner if isinstance(inner, BaseException) else None]
     return error
-
-
-def _plain(error: BaseException) -> FeedError:
-    """Ray's own subclass of FeedError says more than the one line that was meant."""
-    inner = getattr(error, "cause", None)
-    return FeedError(*(inner.args[:1] if isinstance(inner, FeedError) else (str(error).splitlines()[-1],)))
 
 
 Measure = Callable[[list[dict[str, Any]]], list[list[int]]]
@@ -244,26 +258,29 @@ Measure = Callable[[list[dict[str, Any]]], list[list[int]]]
 
 
 def build_index(
-    data: Path, split: str, measure: Measure, *, ids: Iterable[str] | None = None, cpus: float = 0.5
+    shards: Shards, split: str, measure: Measure, *, ids: Iterable[str] | None = None, cpus: float = 0.5
 ) -> LengthIndex:
     """Where the records stand and how long they are; reads the shards' light columns, through Ray Data.
 
     Args:
         ids: these records alone; None: all of the split.
         measure: travels to the tasks by value.
+
+    Raises:
+        FeedError: ``measure`` refuses a record.
     """
     import ray.data
 
     _quiet()
-    paths = [str(path.resolve()) for path in shard_paths(data)]
-    items = [{"shard": number, "path": path} for number, path in enumerate(paths)]
-    rows = ray.data.from_items(items, override_num_blocks=max(1, len(items))).map_batches(
-        **_measuring(split, measure, ids), batch_size=1, num_cpus=cpus
-    )
+    chosen = None if ids is None else frozenset(ids)
+    work: Any = {"fn": _measure_shards, "fn_args": (shards, split, measure, chosen)}
+    numbers = ray.data.range(len(shards.paths), override_num_blocks=len(shards.paths))
     found: list[dict[str, Any]] = []
     try:
         block: Any
-        for block in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for block in numbers.map_batches(**work, batch_size=1, num_cpus=cpus).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        ):
             found += block.to_pylist()
     except Exception as error:
         raise _cause(error) from None
@@ -275,22 +292,17 @@ def build_index(
     )
 
 
-def _measuring(split: str, measure: Measure, ids: Iterable[str] | None) -> dict[str, Any]:
-    chosen = None if ids is None else frozenset(ids)
-    return {"fn": _measure_shard, "fn_args": (split, measure, chosen)}
-
-
-def _measure_shard(
-    batch: dict[str, Any], split: str, measure: Measure, ids: frozenset[str] | None
+def _measure_shards(
+    batch: dict[str, Any], shards: Shards, split: str, measure: Measure, ids: frozenset[str] | None
 ) -> Iterator[Any]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns: dict[str, list[Any]] = {"id": [], "place": [], "lengths": []}
-    for shard, path in zip(batch["shard"].tolist(), batch["path"].tolist(), strict=True):
-        with pq.ParquetFile(path) as file:
+    for shard in batch["id"].tolist():
+        with shards.open(shard) as file:
+            known = [name for name in LIGHT if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=LIGHT).to_pylist()
+                rows = file.read_row_group(group, columns=known).to_pylist()
                 wanted = [
                     (at, row)
                     for at, row in enumerate(rows)
@@ -298,6 +310,6 @@ def _measure_shard(
                 ]
                 columns["id"] += [row["id"] for _, row in wanted]
                 columns["place"] += [[shard, group, at] for at, _ in wanted]
-                columns["lengths"] += measure([row for _, row in wanted]) if wanted else []
+                columns["lengths"] += measure([row for _, row in wanted])
     kinds = {"id": pa.string(), "place": pa.list_(pa.int64()), "lengths": pa.list_(pa.int64())}
     yield pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})

@@ -167,7 +167,7 @@ def _sequences(index: LengthIndex, options: PlanOptions, groups: Sequence[Group]
     except TooLong as error:
         raise DataError(
             f"record {index.ids[groups[error.index][0]]}: a sample of {error.length} tokens, but "
-            f"data.pack_tokens is {error.tokens}; raise it, or lower model.max_pixels"
+            f"feed.pack_tokens is {error.tokens}; raise it, or lower model.max_pixels"
         ) from None
 
 

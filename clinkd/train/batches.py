@@ -79,7 +79,7 @@ class BatchMaker:
 
     def lengths(self, row: dict[str, Any]) -> list[int]:
         sizes = [(row["height"], row["width"])]
-        sizes += [(other["height"], other["width"]) for other in row["more_images"] or []]
+        sizes += [(other["height"], other["width"]) for other in row.get("more_images") or []]
         try:
             tokens = [image_tokens(self.processor, *size) for size in sizes]
         except ValueError as error:
@@ -100,7 +100,9 @@ class BatchMaker:
         """
         if row["id"] not in self._patches:
             try:
-                found = [cut(self.processor, content) for content in (row["png"], *(row["more_png"] or []))]
+                found = [
+                    cut(self.processor, content) for content in (row["png"], *(row.get("more_png") or []))
+                ]
             except Exception as error:
                 raise FeedError(
                     f"record {row['id']}: its image cannot be decoded ({error}); "

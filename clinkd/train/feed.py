@@ -10,6 +10,7 @@ Decisions:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from clinkd.data.feed import Arrays, Resources, jobs, stream
+from clinkd.data.feed import Arrays, Resources, Shards, jobs, stream
 from clinkd.data.plan import Batch, LengthIndex, Past, PlanOptions, plan_epoch
 from clinkd.train.batches import BatchSpec
 from clinkd.train.pixels import Numbers
@@ -32,12 +33,20 @@ class StreamSpec:
     batch: BatchSpec
     options: PlanOptions
     index: str  # file of the LengthIndex, seen by every worker
-    paths: tuple[str, ...]  # of the shards
+    shards: Shards
     resources: Resources = field(default_factory=Resources)
 
     def rounds(self, epoch: int, world: int, past: Past = ()) -> int:
         """Batches of each rank in an epoch."""
         return len(plan_epoch(self.lengths, self.options, epoch, world, past)[0])
+
+    def steps(self, epochs: float, accumulation: int, world: int) -> int:
+        """Optimiser steps that ``epochs`` take; each epoch has its own number of batches."""
+        whole = int(epochs)
+        batches: float = sum(self.rounds(epoch, world) for epoch in range(whole))
+        if epochs > whole:
+            batches += (epochs - whole) * self.rounds(whole, world)
+        return max(1, math.ceil(batches / accumulation))
 
     @property
     def lengths(self) -> LengthIndex:
@@ -102,7 +111,7 @@ class Stream:
 
     def _run(self) -> Iterator[Arrays]:
         work = jobs(self.spec.lengths, islice(self.planned(), self.limit))
-        yield from stream(work, list(self.spec.paths), self.spec.batch.make, self.spec.resources)
+        yield from stream(work, self.spec.shards, self.spec.batch.make, self.spec.resources)
 
     def _advance(self) -> None:
         self.position.past[-1][1] += 1

@@ -94,7 +94,7 @@ def test_a_rank_without_work_gets_fillers():
 
 
 def test_a_sample_too_long_is_named():
-    with pytest.raises(DataError, match=r"record r0: a sample of \d+ tokens.*data.pack_tokens is 5"):
+    with pytest.raises(DataError, match=r"record r0: a sample of \d+ tokens.*feed.pack_tokens is 5"):
         plan_epoch(index_of([[1]]), PlanOptions(0, 1, tokens=5), 0, 1)
 
 
