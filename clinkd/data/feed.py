@@ -193,7 +193,7 @@ def _pipeline(chunk: list[list[Any]], shards: Shards, make: Make, resources: Res
     _quiet()
     rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in chunk], override_num_blocks=len(chunk))
     made = rows.map_batches(
-        batch_size=1, batch_format="pyarrow", num_cpus=resources.cpus, **_workers(shards, make, resources)
+        batch_size=1, batch_format="pyarrow", num_cpus=resources.cpus, **_workers(shards, make, resources, len(chunk))
     )
     options = made.context.execution_options
     options.preserve_order = True
@@ -207,13 +207,14 @@ def _pipeline(chunk: list[list[Any]], shards: Shards, make: Make, resources: Res
         raise _cause(error) from None
 
 
-def _workers(shards: Shards, make: Make, resources: Resources) -> dict[str, Any]:
+def _workers(shards: Shards, make: Make, resources: Resources, count: int) -> dict[str, Any]:
     import ray.data
 
+    tasks = min(resources.tasks, count)
     if resources.actors:
-        pool: Any = ray.data.ActorPoolStrategy(size=resources.tasks)
+        pool: Any = ray.data.ActorPoolStrategy(size=tasks)
         return {"fn": _Jobs, "fn_constructor_args": (shards, make), "compute": pool}
-    return {"fn": _run_rows, "fn_args": (shards, make), "compute": ray.data.TaskPoolStrategy(resources.tasks)}
+    return {"fn": _run_rows, "fn_args": (shards, make), "compute": ray.data.TaskPoolStrategy(tasks)}
 
 
 def _quiet() -> None:
@@ -248,7 +249,7 @@ def _cause(error: BaseException) -> BaseException:
             continue
         inner = getattr(seen, "cause", None)  # of Ray's own wrappers, which are also of the cause's class
         if isinstance(seen, FeedError) and inner is None:
-            return FeedError(*seen.args)
+            return FeedError(str(seen).splitlines()[0])  # Ray adds lines of its own
         waiting += [seen.__context__, seen.__cause__, inner if isinstance(inner, BaseException) else None]
     return error
 

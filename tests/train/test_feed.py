@@ -209,7 +209,7 @@ def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conver
 
 
 def test_a_filler_costs_nothing_and_runs_the_tower(prepared, start, tmp_path):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(0, 1, 4096, per_group=9, window=99))
+    spec = spec_of(prepared, start, tmp_path, PlanOptions(0, 1, 10**6, per_group=9, window=99))
     batches = [list(Stream(spec, rank, 2, spec.rounds(0, 2))) for rank in (0, 1)]
     assert [len(found) for found in batches] == [1, 1]
     task = StreamTask(VqaSpec(str(start), GUIDANCE, train_vision=True), spec)

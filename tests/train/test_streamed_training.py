@@ -1,0 +1,130 @@
+"""The teacher from the stream: two Ray Train workers, DeepSpeed, packed batches, a worker that dies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from clinkd import cluster
+from clinkd.config import ComputeSection, OptimSection
+from clinkd.data.feed import Resources, Shards, build_index
+from clinkd.data.phantoms import PhantomSpec
+from clinkd.data.plan import PlanOptions, plan_epoch
+from clinkd.data.shards import samples
+from clinkd.model.rope import RopeGuidance
+from clinkd.train.batches import BatchSpec
+from clinkd.train.feed import StreamSpec, StreamTask
+from clinkd.train.loop import TrainJob, fit
+from clinkd.train.tasks import VqaSpec
+
+pytestmark = pytest.mark.slow
+
+
+class DyingTask(StreamTask):
+    """A worker that ends as abruptly as by kill -9, once, in the middle of an epoch."""
+
+    dies: str | None = None
+
+    def coordinates(self, labels):
+        import os
+
+        import ray.train
+
+        self.made = getattr(self, "made", 0) + 1
+        rank = ray.train.get_context().get_world_rank()
+        if self.dies and self.made == 8 and rank == 1 and not Path(self.dies).exists():
+            Path(self.dies).touch()
+            os._exit(9)
+        return super().coordinates(labels)
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_session, tmp_path_factory) -> Path:
+    from clinkd.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared")
+    prepare(PhantomSpec(images=32), out, test_fraction=0.3, images_per_shard=8)
+    return out
+
+
+@pytest.fixture(scope="module")
+def start(prepared, tmp_path_factory) -> Path:
+    from clinkd.data.boxes import to_qwen
+    from clinkd.model.presets import TinySize, write_new_model
+
+    texts = [to_qwen(item[key]) for item in samples(prepared) for key in ("question", "answer")]
+    size = TinySize(hidden=64, layers=2, heads=2, mlp=128, vision_hidden=32, vision_layers=1, patch=14)
+    return write_new_model(texts, size, tmp_path_factory.mktemp("start"), vocab_size=600, seed=0)
+
+
+def train(
+    prepared: Path, start: Path, out: Path, *, zero: int, steps: int | None = None, dies: str | None = None,
+    tokens: int = 400, ids: list[str] | None = None,
+):  # fmt: skip
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    out.mkdir()
+    vqa = VqaSpec(str(start), RopeGuidance(1.5, 2.0), train_vision=True, coordinate_weight=3.0)
+    batch = BatchSpec(vqa.model, vqa.guidance, packed=True)
+    shards = Shards.of(prepared)
+    index = build_index(shards, "train", batch.measure, ids=ids).write(out / "lengths.arrow")
+    compute = ComputeSection(workers=2, checkpoint_every=5)
+    cpus = cluster.feed_cpus(2, compute.cpus_per_worker, 2)
+    source = StreamSpec(batch, PlanOptions(0, 1, tokens, 2, 2), str(index), shards, Resources(2, cpus))
+
+    def make(rows, scratch):
+        assert rows is None
+        task = DyingTask(vqa, source, zero)
+        task.dies = dies
+        return task
+
+    optim = OptimSection(batch_size=1, lr=5e-3)
+    steps = steps or source.steps(3, 1, 2)
+    job = TrainJob(
+        stage="teacher", make_task=make, optim=optim, compute=compute, zero_stage=zero, steps=steps, seed=0,
+        out=str(out), rows=False,
+    )  # fmt: skip
+    fit(job, None, out / "work")
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], source
+
+
+def test_packed_batches_train_and_a_worker_that_dies_changes_nothing(prepared, start, tmp_path) -> None:
+    calm, source = train(prepared, start, tmp_path / "calm", zero=1)
+    epochs = [source.rounds(epoch, 2) for epoch in range(3)]
+    assert [line["step"] for line in calm] == list(range(1, sum(epochs) + 1))
+    assert sum(line["ce"] for line in calm[-5:]) < 0.8 * sum(line["ce"] for line in calm[:5])
+    # Each epoch trains on every answer token of every sample: no sample is lost, none comes twice.
+    at, tokens = 0, []
+    for rounds in epochs:
+        tokens.append(sum(line["tokens"] for line in calm[at : at + rounds]))
+        at += rounds
+    assert tokens == [answer_tokens(prepared, start)] * 3
+    torn, _ = train(prepared, start, tmp_path / "torn", zero=1, dies=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert [line["loss"] for line in torn] == [line["loss"] for line in calm]
+
+
+def answer_tokens(prepared: Path, start: Path) -> int:
+    from transformers import AutoTokenizer
+
+    from clinkd.model.chat import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    return sum(
+        len(encode(tokenizer, sample["question"], sample["answer"], 1)[1])
+        for sample in samples(prepared, "train")
+    )
+
+
+def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_path) -> None:
+    """Two records fit one sequence, so one rank has fillers alone: ZeRO-3 would hang if it skipped the tower."""
+    ids = sorted({sample["id"] for sample in samples(prepared, "train")})[:2]
+    lines, source = train(prepared, start, tmp_path / "three", zero=3, steps=4, tokens=4000, ids=ids)
+    ranks = plan_epoch(source.lengths, source.options, 0, 2)
+    assert sorted(len(rank[0].sequences) for rank in ranks) == [0, 1] and len(ranks[0]) == 1
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 4 and losses[-1] < losses[0] and len({line["tokens"] for line in lines}) == 1
