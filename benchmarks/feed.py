@@ -2,11 +2,12 @@
 
     python benchmarks/feed.py [--images N] [--size PX] [--rounds N] [--workers N] [--batch N]
 
-Both sides read the same prepared shards and give the same batches: decoded, resized and cut as Qwen2-VL's image
-processor does (pixel limits of the released inference: 256*28*28 .. 1280*28*28), tokenized and collated, float32
-pixel values in the consumer's hands. The DataLoader has persistent workers and prefetches; the feed has as many
-tasks. Each side passes over all images once before it is measured (process start and imports are not counted), then
-they alternate; the ratio is of the medians. The consumer does nothing but look at the batch.
+Both sides read the same prepared shards and give the same batches: decoded, resized and cut as Qwen2-VL's
+image processor does (pixel limits of the released inference: 256*28*28 .. 1280*28*28), tokenized and
+collated, float32 pixel values in the consumer's hands. The DataLoader has persistent workers and
+prefetches; the feed has as many tasks. Each side passes over all images once before it is measured
+(process start and imports are not counted), then they alternate; the ratio is of the medians. The
+consumer does nothing but look at the batch.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def measure(data: Path, model: Path, chosen: argparse.Namespace) -> None:
     base = statistics.median(next(iter(rates.values())))
     for name, found in rates.items():
         print(
-            f"{name}: {statistics.median(found):.1f} images/s, {statistics.median(found) / base:.2f} of the DataLoader"
+            f"{name}: {statistics.median(found):.1f} images/s, "
+            f"{statistics.median(found) / base:.2f} of the DataLoader"
         )
     breakdown(data, model)
 
@@ -215,9 +217,8 @@ def breakdown(data: Path, model: Path) -> None:
             work()
         print(f"  {name}: {(time.perf_counter() - start) / 3 / len(rows) * 1e3:.2f}")
     sizes = [sum(value.nbytes for value in part.values()) for part in patches]
-    print(
-        f"bytes an image: DataLoader {np.mean([value.nbytes for value in floats]):.0f}, feed {np.mean(sizes):.0f}"
-    )
+    whole = np.mean([value.nbytes for value in floats])
+    print(f"bytes an image: DataLoader {whole:.0f}, feed {np.mean(sizes):.0f}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,10 @@ def _pipeline(chunk: list[list[Any]], shards: Shards, make: Make, resources: Res
     _quiet()
     rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in chunk], override_num_blocks=len(chunk))
     made = rows.map_batches(
-        batch_size=1, batch_format="pyarrow", num_cpus=resources.cpus, **_workers(shards, make, resources, len(chunk))
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=resources.cpus,
+        **_workers(shards, make, resources, len(chunk)),
     )
     options = made.context.execution_options
     options.preserve_order = True

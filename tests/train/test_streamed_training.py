@@ -121,7 +121,7 @@ def answer_tokens(prepared: Path, start: Path) -> int:
 
 
 def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_path) -> None:
-    """Two records fit one sequence, so one rank has fillers alone: ZeRO-3 would hang if it skipped the tower."""
+    """Two records fit one sequence: one rank has fillers alone, and ZeRO-3 would hang without the tower."""
     ids = sorted({sample["id"] for sample in samples(prepared, "train")})[:2]
     lines, source = train(prepared, start, tmp_path / "three", zero=3, steps=4, tokens=4000, ids=ids)
     ranks = plan_epoch(source.lengths, source.options, 0, 2)
