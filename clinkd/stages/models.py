@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Draft
-from clinkd.config import RopeSection, TinySection
+from clinkd.config import RopeSection, RunConfig, TinySection
 from clinkd.data.scores import FILE
 from clinkd.stages.base import Run
 
@@ -85,6 +85,12 @@ def teacher_folder(run: Run) -> Path:
 def scores(run: Run, rope: RopeSection) -> str | None:
     """The file of the guide's scores where ``rope`` asks for them."""
     return str((run.done["guide"].path / FILE).resolve()) if guidance(rope).guided == "pair" else None
+
+
+def pixel_limits(config: RunConfig) -> dict[str, Any]:
+    """The configured limits of resized images, as a stage's settings; none where the folder's hold."""
+    limits = [config.model.min_pixels, config.model.max_pixels]
+    return {"pixels": limits} if any(limits) else {}
 
 
 def vqa_spec(

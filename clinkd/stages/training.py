@@ -20,7 +20,7 @@ from clinkd.config import ConfigError, OptimSection, RunConfig
 from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
 from clinkd.stages.base import Run, content_digest, write_whole
-from clinkd.stages.models import student_start, teacher_folder, teacher_rope, vqa_spec
+from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
 
 if TYPE_CHECKING:
     from clinkd.train.feed import StreamSpec
@@ -43,7 +43,7 @@ def teacher(run: Run) -> Artifact:
     settings = {
         "teacher": config.teacher.model_dump(), "optim": optim.model_dump(), "seed": config.run.seed,
         "precision": compute.precision,
-    } | streamed(config)  # fmt: skip
+    } | streamed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.tasks import SupervisedTask
@@ -65,12 +65,10 @@ def teacher(run: Run) -> Artifact:
 
 
 def streamed(config: RunConfig) -> dict[str, Any]:
-    """Settings of feed and pixels that change what the teacher learns; none for what is the default."""
-    found: dict[str, Any] = {}
-    if config.feed.mode == "stream":
-        found["feed"] = config.feed.model_dump(exclude={"tasks"})
-    pixels = config.model.min_pixels, config.model.max_pixels
-    return found | ({"pixels": pixels} if any(pixels) else {})
+    """Settings of the feed that change what the teacher learns; none for the table."""
+    if config.feed.mode == "table":
+        return {}
+    return {"feed": config.feed.model_dump(exclude={"tasks"})}
 
 
 def _given_teacher(run: Run, path: Path) -> Artifact:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,3 +130,28 @@ def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_pat
     assert sorted(len(rank[0].sequences) for rank in ranks) == [0, 1] and len(ranks[0]) == 1
     losses = [line["loss"] for line in lines]
     assert len(losses) == 4 and losses[-1] < losses[0] and len({line["tokens"] for line in lines}) == 1
+
+
+def test_the_stage_teacher_streams_where_the_configuration_says_so(tmp_path: Path) -> None:
+    tiny = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    overrides = ["data.phantoms=24", "data.test_fraction=0.34", "guide.steps=2", "sft.steps=null",
+                 "sft.epochs=1", "sft.batch_size=1", "feed.mode=stream", "model.max_pixels=12544",
+                 "model.min_pixels=3136"]  # fmt: skip
+
+    def clinkd(*more: str):
+        command = [sys.executable, "-m", "clinkd", "train", "teacher", str(tiny), *overrides, *more]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+
+    done = clinkd("feed.pack_tokens=300")
+    assert done.returncode == 0, done.stderr
+    (metrics,) = (tmp_path / "runs" / "artifacts").glob("teacher*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(lines) == lines[-1]["total"] > 2
+    processor = json.loads((metrics.parent / "model" / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 3136, "longest_edge": 12544}
+    refused = clinkd("feed.pack_tokens=64")
+    assert refused.returncode == 2
+    assert "feed.pack_tokens is 64; raise it" in refused.stderr and "Traceback" not in refused.stderr
