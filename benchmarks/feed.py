@@ -1,6 +1,6 @@
 """Images a second into a training process: the feed against a torch DataLoader, on the same cores.
 
-    python benchmarks/feed.py [--images N] [--size PX] [--rounds N] [--workers N] [--batch N]
+    python benchmarks/feed.py [--images N] [--size PX] [--rounds N] [--workers N] [--batch N] [--actors]
 
 Both sides read the same prepared shards and give the same batches: decoded, resized and cut as Qwen2-VL's
 image processor does (pixel limits of the released inference: 256*28*28 .. 1280*28*28), tokenized and
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, value in (("images", 768), ("size", 512), ("rounds", 3), ("workers", 2), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--actors", action="store_true", help="measure actors in the place of tasks too")
     chosen = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init leaves a token in the home folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,8 +65,9 @@ def measure(data: Path, model: Path, chosen: argparse.Namespace) -> None:
     sides: dict[str, Callable[[], Iterator[Any]]] = {
         f"torch DataLoader, {chosen.workers} workers": loader_side(data, model, chosen),
         f"feed, {chosen.workers} tasks": feed_side(data, model, chosen, actors=False),
-        f"feed, {chosen.workers} actors": feed_side(data, model, chosen, actors=True),
     }
+    if chosen.actors:
+        sides[f"feed, {chosen.workers} actors"] = feed_side(data, model, chosen, actors=True)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(chosen.rounds + 1):
         for name, batches in sides.items():
@@ -74,9 +76,11 @@ def measure(data: Path, model: Path, chosen: argparse.Namespace) -> None:
                 images += len(batch["image_grid_thw"])
                 first = first or time.perf_counter() - start
             seconds = time.perf_counter() - start
+            after = (images - chosen.batch) / (seconds - first)
             note = "warm-up, not counted" if turn == 0 else f"round {turn}"
             print(
-                f"{note}: {name}: {images} images, {images / seconds:.1f}/s, first batch {first:.2f} s",
+                f"{note}: {name}: {images} images, {images / seconds:.1f}/s; first batch after "
+                f"{first:.2f} s, from there {after:.1f}/s",
                 flush=True,
             )
             if turn:
