@@ -200,7 +200,10 @@ class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
             ValueError: neither or both of pixel_values and image_features, or scores missing.
         """
         images: dict[str, Any] = {}
-        unseen = None
+        unseen, shape = None, input_ids.shape
+        if position_ids is not None and "flash" in str(self.config.text_config._attn_implementation):
+            # It tells packed documents apart in a batch of one alone; laid end to end, rows stay documents.
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(4, 1, -1)
         if image_index is None or len(image_index):
             outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
@@ -214,7 +217,7 @@ class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
             alignment=alignment,
             relevance=relevance,
             **images,
-        ).last_hidden_state
+        ).last_hidden_state.view(*shape, -1)
         return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
 
     def encode_images(

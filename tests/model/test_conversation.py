@@ -61,8 +61,8 @@ def documents(tokenizer):
     return found
 
 
-def forward(model, tokenizer, rows, pixels, pad=0):
-    """Logits [B, L, V] and the packed batch of ``rows``, with ``pad`` more tokens of padding."""
+def batch_of(model, tokenizer, rows, pad=0):
+    """The packed batch of ``rows``, with ``pad`` more tokens of padding, and its positions."""
     packed = pack_documents(rows, tokenizer.pad_token_id)
     for name, value in (("input_ids", tokenizer.pad_token_id), ("labels", -100), ("documents", 0)):
         packed[name] = torch.nn.functional.pad(packed[name], (0, pad), value=value)
@@ -74,6 +74,12 @@ def forward(model, tokenizer, rows, pixels, pad=0):
         vision_start_token_id=model.config.vision_start_token_id,
         alignment=torch.tensor(scores) if guidance.guided == "pair" else None,
     )  # fmt: skip
+    return packed, positions
+
+
+def forward(model, tokenizer, rows, pixels, pad=0):
+    """Logits [B, L, V] and the packed batch of ``rows``."""
+    packed, positions = batch_of(model, tokenizer, rows, pad)
     hidden = model.forward_hidden(
         packed["input_ids"], None, GRIDS, pixels, image_index=packed["image_index"], position_ids=positions
     )
@@ -112,6 +118,21 @@ def test_packed_logits_are_the_unpacked_ones(tokenizer, pixels, guidance, attent
         logits, packed = forward(model, tokenizer, rows, pixels, pad)
         for found, expected in zip(pieces(logits, packed), wanted, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_may_be_laid_end_to_end(tokenizer, pixels):
+    """What flash attention is given: one row for all, padding in between."""
+    model = make(tokenizer, GUIDANCES["lambda 2"])
+    talks = documents(tokenizer)
+    packed, positions = batch_of(model, tokenizer, [talks[:2], talks[2:]], pad=4)
+    both = [packed["input_ids"], positions], [packed["input_ids"].view(1, -1), positions.view(4, 1, -1)]
+    one, other = (
+        model.forward_hidden(ids, None, GRIDS, pixels, image_index=packed["image_index"], position_ids=where)
+        for ids, where in both
+    )
+    kept = packed["documents"] > 0
+    torch.testing.assert_close(other.view_as(one)[kept], one[kept], atol=1e-5, rtol=0)
 
 
 def test_losses_and_gradients_are_the_unpacked_ones(tokenizer, pixels):
