@@ -29,7 +29,23 @@ ATTEMPTS = 10
 TIMEOUT = 60
 """Seconds a request may be silent before it counts as failed and is tried again."""
 
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def outage(error: BaseException) -> bool:
+    """Whether an error is one of a disk or a bucket, whichever library found it."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
+
+
+@contextlib.contextmanager
+def _as_oserror(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not outage(error):
+            raise
+        raise OSError(f"{path}: {error}") from error
 
 
 def configure(endpoint: str | None) -> None:
@@ -86,7 +102,8 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
             beside = Path(scratch) / "file"
             with beside.open("wb") as file:
                 yield file
-            _fs(path).put_file(str(beside), _key(path))
+            with _as_oserror(path):
+                _fs(path).put_file(str(beside), _key(path))
         return
     # This process's own: tasks of a run that was killed may still live.
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -109,18 +126,20 @@ def read_stamped(path: Path, limit: int | None = None) -> tuple[bytes, str]:
     """A file's bytes and what tells that it is still the same file (see ``stamp``).
 
     Raises:
-        FileNotFoundError: no such file. OverflowError: more bytes than ``limit``, which are not read.
+        FileNotFoundError: no such file. OSError: it cannot be read now. OverflowError: more bytes than
+            ``limit``, which are not read.
     """
     if not is_remote(path):
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             _check_size(stat.st_size, limit)
             return file.read(), f"{stat.st_size}:{stat.st_mtime_ns}"
-    info = _fs(path).info(_key(path))
-    if info["type"] != "file":
-        raise FileNotFoundError(str(path))
-    _check_size(info["size"], limit)
-    data = _fs(path).cat_file(_key(path), start=0, end=info["size"]) if info["size"] else b""
+    with _as_oserror(path):
+        info = _fs(path).info(_key(path))
+        if info["type"] != "file":
+            raise FileNotFoundError(str(path))
+        _check_size(info["size"], limit)
+        data = _fs(path).cat_file(_key(path), start=0, end=info["size"]) if info["size"] else b""
     if len(data) != info["size"]:
         raise OSError(f"{path}: {len(data)} bytes came of {info['size']}")
     return data, _remote_stamp(info)
@@ -135,7 +154,8 @@ def stamp(path: Path) -> str | None:
     """Size and time of change (in a bucket the ETag) of a file; None where there is none."""
     try:
         if is_remote(path):
-            return _remote_stamp(_fs(path).info(_key(path)))
+            with _as_oserror(path):
+                return _remote_stamp(_fs(path).info(_key(path)))
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -162,7 +182,7 @@ def make_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """Takes away a file or a whole folder, where there is one."""
     if is_remote(path):
-        with contextlib.suppress(FileNotFoundError):
+        with _as_oserror(path), contextlib.suppress(FileNotFoundError):
             _fs(path).rm(_key(path), recursive=True)
     elif path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -174,20 +194,12 @@ def names(folder: Path) -> list[str]:
     """Names of the files right under ``folder``, sorted; none where it is not there."""
     try:
         if is_remote(folder):
-            found = _fs(folder).ls(_key(folder), detail=True)
+            with _as_oserror(folder):
+                found = _fs(folder).ls(_key(folder), detail=True)
             return sorted(item["name"].rsplit("/", 1)[-1] for item in found if item["type"] == "file")
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def upload(local: Path, path: Path) -> None:
-    """Moves a local file to ``path``, whole."""
-    if is_remote(path):
-        _fs(path).put_file(str(local), _key(path))
-        local.unlink()
-    else:
-        os.replace(local, path)
 
 
 def arrow_source(paths: list[Path]) -> tuple[list[str], Any]:

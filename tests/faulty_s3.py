@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import threading
 import time
 from collections import Counter
@@ -94,6 +95,7 @@ def faulty_s3() -> Iterator[tuple[str, Faults]]:
     """(endpoint, faults to switch on) of a server with one empty bucket, ``BUCKET``."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -15,7 +15,9 @@ from clinkd.data.records import Box
 
 GRID = 1000
 _SPAN = re.compile(r"<box>(.*?)</box>", re.S)
-_CORNERS = re.compile(r"\(\s*(-?\d+)\s*,\s*(-?\d+)\s*\)\s*,\s*\(\s*(-?\d+)\s*,\s*(-?\d+)\s*\)")
+_NUMBER = r"\s*(-?[0-9]+)\s*"
+_CORNERS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+_NOT_FINITE = re.compile(r"\b(?:nan|inf|infinity)\b", re.I)
 
 
 class BoxError(ValueError):
@@ -47,24 +49,28 @@ def parse_boxes(text: str, *, strict: bool = True) -> list[Box]:
         strict: raise on the first bad span (data); otherwise leave bad spans out (model answers).
 
     Raises:
-        BoxError: ``box_broken`` (not four integers), ``box_out_of_range``, ``box_inverted`` or ``box_empty``.
+        BoxError: ``box_broken`` (not four integers), ``box_nan``, ``box_out_of_range``, ``box_inverted`` or
+            ``box_empty``.
     """
     boxes: list[Box] = []
-    for span in _SPAN.findall(text):
+    spans = _SPAN.findall(text)
+    for span in spans:
         try:
             boxes.append(_parse_span(span))
         except BoxError:
             if strict:
                 raise
-    if strict and text.count("<box>") != text.count("</box>"):
-        raise BoxError("box_broken", "a <box> that is not closed")
+    if strict and not len(spans) == text.count("<box>") == text.count("</box>"):
+        raise BoxError("box_broken", "a <box> that is not closed, or closed before it opens")
     return boxes
 
 
 def _parse_span(span: str) -> Box:
     match = _CORNERS.fullmatch(span.strip())
     if match is None:
-        raise BoxError("box_broken", span[:60])
+        raise BoxError("box_nan" if _NOT_FINITE.search(span) else "box_broken", span[:60])
+    if max(map(len, match.groups())) > 9:  # int() itself refuses numbers of thousands of digits
+        raise BoxError("box_out_of_range", f"{span[:60]}...")
     x1, y1, x2, y2 = (int(group) for group in match.groups())
     if min(x1, y1, x2, y2) < 0 or max(x1, y1, x2, y2) > GRID:
         raise BoxError("box_out_of_range", span[:60])

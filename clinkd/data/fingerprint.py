@@ -61,10 +61,10 @@ def near_pairs(hashes: np.ndarray, limit: int = NEAR) -> np.ndarray:
     found.append(np.stack([order[:-1][same], order[1:][same]], 1))
     first = np.full(len(unique), len(hashes), np.int64)
     np.minimum.at(first, inverse, np.arange(len(hashes)))
-    bits = np.unpackbits(unique, axis=1)
     for band in np.array_split(np.arange(BITS), limit + 1):
-        weights = 1 << np.arange(len(band), dtype=np.int64)
-        keys = bits[:, band].astype(np.int64) @ weights
+        around = unique[:, band[0] // 8 : band[-1] // 8 + 1]  # only its bytes: of millions all bits are much
+        bits = np.unpackbits(around, axis=1)[:, band - band[0] // 8 * 8]
+        keys = bits.astype(np.int64) @ (1 << np.arange(len(band), dtype=np.int64))
         found.append(first[_close_in_band(unique, keys, limit)])
     pairs = np.sort(np.concatenate(found).astype(np.int64), axis=1)
     return np.unique(pairs, axis=0)

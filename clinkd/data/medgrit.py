@@ -7,8 +7,8 @@ Decisions:
 - Reading only routes: it finds the image, pairs questions with answers, and says where in the file it was.
   Texts are checked later, in parallel (``validate.check_turn``). What cannot even be routed comes out as an
   ``Entry`` with a reason.
-- The image is ``images[0]`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's
-  rule), else the name in ``<img>``.
+- The images are ``images`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's
+  rule), else the name in ``<img>``; several ``<img>`` in a first question are several images.
 - A JSON array that breaks in the middle gives what stood before the break and one entry with
   ``invalid_json``.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from clinkd.data.validate import RowError, check_name
+from clinkd.data.validate import Limits, RowError, check_name
 
 FILE_TASKS = {"vg": "vg", "ro": "roc", "roc": "roc", "gc": "rc", "rc": "rc", "mii": "mia", "mia": "mia"}
 _IMG = re.compile(r"<img>(.*?)</img>", re.S)
@@ -153,14 +153,14 @@ def _entry(where: str, value: Any, task: str | None) -> Entry:
     rows = max(1, _count(talk))
     try:
         pairs = _pairs(talk)
-        image = _image(value, pairs)
+        image, *more = _images(value, pairs)
         check_name(_text(value.get("id")))
     except RowError as error:
         return Entry(where, _text(value.get("id")), rows=rows, reason=error.code, detail=error.detail)
     name = _text(value.get("id")) or re.sub(r"\.(png|jpe?g)$", "", image.rsplit("/", 1)[-1], flags=re.I)
     if not pairs:
         return Entry(where, name, image, reason="no_turns", detail="no question")
-    return Entry(where, name, image, task, pairs, len(pairs))
+    return Entry(where, name, image, task, pairs, len(pairs), more=tuple(more))
 
 
 def _count(talk: list) -> int:
@@ -190,20 +190,43 @@ def _pairs(talk: list) -> tuple[tuple[Any, Any], ...]:
     return tuple((asked[1], answered[1]) for asked, answered in zip(said[::2], said[1::2], strict=True))
 
 
-def _image(value: dict, pairs: tuple[tuple[Any, Any], ...]) -> str:
+def _images(value: dict, pairs: tuple[tuple[Any, Any], ...]) -> tuple[str, ...]:
+    """The paths of a record's images, as the source spells them."""
     given = value.get("images", value.get("image"))
     if isinstance(given, list):
-        if len(given) > 1:
-            raise RowError("many_images", f"{len(given)} images")
-        given = given[0] if given else None
+        if not all(isinstance(one, str) and one for one in given):
+            raise RowError("invalid_record", "images that are not all names")
+        if not given:
+            boxes = any(isinstance(text, str) and "box" in text for pair in pairs for text in pair)
+            raise RowError("box_without_image" if boxes else "no_image", "images is an empty list")
+        if len(given) > Limits.max_images:
+            raise RowError("many_images", f"{len(given)} images, at most {Limits.max_images}")
+        return _as_marked(tuple(given), pairs)
     if isinstance(given, str) and given:
-        return given
+        return _as_marked((given,), pairs)
+    if given is not None:
+        raise RowError("invalid_record", f"an image that is no name but {type(given).__name__}")
+    named = _IMG.findall(pairs[0][0]) if pairs and isinstance(pairs[0][0], str) else []
+    if len(named) > 1:  # "Picture 1: <img>..</img>\nPicture 2: <img>..</img>\n"
+        if len(named) > Limits.max_images:
+            raise RowError("many_images", f"{len(named)} images, at most {Limits.max_images}")
+        return tuple(name.strip() for name in named)
     if isinstance(value.get("id"), str) and value["id"].strip():
         name = value["id"]
-        return name if name.lower().endswith(_SUFFIXES) else f"{name}.png"
-    named = _IMG.search(pairs[0][0]) if pairs and isinstance(pairs[0][0], str) else None
+        return _as_marked((name if name.lower().endswith(_SUFFIXES) else f"{name}.png",), pairs)
     if named:
-        return named.group(1).strip()
+        return (named[0].strip(),)
     if _text(value.get("id")):
-        return f"{_text(value['id'])}.png"
+        return (f"{_text(value['id'])}.png",)
     raise RowError("invalid_record", "neither id nor image")
+
+
+def _as_marked(images: tuple[str, ...], pairs: tuple[tuple[Any, Any], ...]) -> tuple[str, ...]:
+    """``images``, where their number is that of the ``<image>`` marks (or there are no marks).
+
+    ShareGPT's readers put an image at each mark; here all stand before the first question.
+    """
+    marks = sum(text.count("<image>") for pair in pairs for text in pair if isinstance(text, str))
+    if marks not in (0, len(images)):
+        raise RowError("image_marks", f"{marks} <image> marks for {len(images)} images")
+    return images

@@ -133,7 +133,9 @@ def run(
         storage.configure(endpoint)
         try:
             return {"result": json.dumps(task(json.loads(row["job"]))), "error": "", "kind": ""}
-        except (DataError, OSError) as error:  # told as a value: what Ray raises is pages long
+        except Exception as error:  # told as a value: what Ray raises is pages long
+            if not (isinstance(error, DataError) or storage.outage(error)):
+                raise
             text = " ".join(f"{error}".split())[:300] or type(error).__name__
             kind = "data" if isinstance(error, DataError) else "storage"
             return {"result": "", "error": text, "kind": kind}
@@ -248,10 +250,12 @@ def _manifest(source: Source, given: dict[str, int], census: Census, reasons: Co
 
 
 def _commit(manifest: dict[str, Any], out: Path) -> None:
-    """Takes away shards of a former run that are not this one's, writes the marker, and clears up."""
+    """Takes away what former runs left and is not this one's, writes the marker, and clears up."""
     kept = {shard["name"] for shard in manifest["shards"]}
-    for name in storage.names(out / SHARDS):
-        if name not in kept:
-            storage.remove(out / SHARDS / name)
+    for folder in (out, out / SHARDS):
+        for name in storage.names(folder):
+            stale = name not in kept if folder != out else name.startswith(".") and name.endswith(".tmp")
+            if stale:
+                storage.remove(folder / name)
     storage.write_whole(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     storage.remove(out / WORK)

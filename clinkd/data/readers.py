@@ -108,6 +108,7 @@ def _medgrit(job: dict[str, Any], folder: Folder, tally: Tally) -> Iterator[Good
         tally.rows += entry.rows
         paths = (entry.image, *entry.more)
         groups.setdefault(tuple(spelling(path, folder.root) for path in paths), []).append(entry)
+    folder.expect(path for entries in groups.values() for path in (entries[0].image, *entries[0].more))
     for entries in groups.values():
         paths = (entries[0].image, *entries[0].more)
         try:
@@ -128,10 +129,11 @@ def _checked_turns(entries: list[medgrit.Entry], limits: Limits, tally: Tally) -
     """An image's good turns; bad ones and contradictions are refused, repeats counted and dropped."""
     checked: list[tuple[dict[str, Any], Turn]] = []
     for entry in entries:
+        images = 1 + len(entry.more)
         for number, (question, answer) in enumerate(entry.pairs):
             row = {"where": entry.where, "id": entry.id, "image": entry.image, "turn": number}
             try:
-                checked.append((row, check_turn(question, answer, entry.task, limits)))
+                checked.append((row, check_turn(question, answer, entry.task, limits, images)))
             except (RowError, BoxError) as error:
                 tally.refuse(error, **row)
     return _without_clashes(checked, tally)
@@ -167,7 +169,7 @@ def _parquet(job: dict[str, Any], folder: Folder, tally: Tally) -> Iterator[Good
             for turn in range(max(1, len(turns))):
                 tally.refuse(error, **place, turn=turn)
             continue
-        kept = _stored_turns(turns, place, folder.limits, tally)
+        kept = _stored_turns(turns, place, folder.limits, tally, len(pictures))
         if kept:
             names = [picture.name for picture in pictures]
             yield Good(Record(row["id"], names[0], kept, tuple(names[1:])), pictures, place["where"])
@@ -192,12 +194,14 @@ def _stored_pictures(row: dict[str, Any], limits: Limits) -> tuple[Picture, ...]
     return tuple(pictures)
 
 
-def _stored_turns(turns: list[dict], place: dict[str, str], limits: Limits, tally: Tally) -> tuple[Turn, ...]:
+def _stored_turns(
+    turns: list[dict], place: dict[str, str], limits: Limits, tally: Tally, images: int
+) -> tuple[Turn, ...]:
     checked: list[tuple[dict[str, Any], Turn]] = []
     for number, turn in enumerate(turns):
         row = {**place, "turn": number}
         try:
-            found = check_turn(turn["question"], turn["answer"], turn["task"], limits)
+            found = check_turn(turn["question"], turn["answer"], turn["task"], limits, images)
         except (RowError, BoxError) as error:
             tally.refuse(error, **row)
             continue
@@ -207,8 +211,9 @@ def _stored_turns(turns: list[dict], place: dict[str, str], limits: Limits, tall
 
 
 def _samed2d(job: dict[str, Any], folder: Folder, tally: Tally) -> Iterator[Good]:
-    names = samed2d.class_names(folder.root)
-    for row in _job_rows(job):
+    names, rows = samed2d.class_names(folder.root), list(_job_rows(job))
+    folder.expect(path for row in rows for path in (row["image"], *row["masks"]) if path)
+    for row in rows:
         image, masks = row["image"], row["masks"]
         place = {"where": row["where"], "image": image}
         try:

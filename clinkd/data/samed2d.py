@@ -7,7 +7,8 @@ Decisions:
 - Class names come from ``SAMed2D_v1_class_mapping_id.json``; without that file an object is called "structure
   3".
 - A mask's box is the box of all its foreground. Several masks of one class in an image are one VG question
-  whose answer lists every box, left to right.
+  whose answer lists every box, left to right. Where one of three or more marks what the others mark together
+  (a union mask beside its instances), the instances are the answer: the union is no object of its own.
 - ROC is not asked about a box that two names share: it would have two answers.
 - Every mask is either a target or one row of the quarantine: wrong size, empty, inverted (background marked),
   full.
@@ -159,7 +160,8 @@ def read_mask(folder: Folder, mask: str, width: int, height: int) -> Box:
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RowError):
             raise
-        raise RowError("mask_unreadable", str(error)[:120]) from None
+        text = re.sub(r" ?<_io\S+ object at \w+>", "", str(error))  # an address would differ each time
+        raise RowError("mask_unreadable", text[:120]) from None
     share, border = float(pixels.mean()), np.r_[pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     if share > 0.5 and border.mean() > 0.99:
         raise RowError(
@@ -183,6 +185,7 @@ def turns(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> tuple[Tu
         owners.setdefault(box, set()).add(name)
         if box not in boxes.setdefault(name, []):
             boxes[name].append(box)
+    boxes = {name: _without_union(places) for name, places in boxes.items()}
     result = []
     for name, places in boxes.items():
         result.append(locate(name, places, name_first=bool(rng.random() < 0.5)))
@@ -192,6 +195,17 @@ def turns(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> tuple[Tu
     result.append(caption(name, box))
     result.append(describe_scene(MODALITY_NAMES[modality_of(image)], distinct))
     return tuple(result)
+
+
+def _without_union(places: list[Box]) -> list[Box]:
+    """``places`` without the box that bounds the others, where there are at least two others."""
+    for place in places:
+        others = [other for other in places if other != place]
+        if len(others) > 1:
+            corners = list(zip(*others, strict=True))
+            if place == (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])):
+                return others
+    return places
 
 
 def record(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> Record:

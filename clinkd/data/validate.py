@@ -18,6 +18,9 @@ import errno
 import io
 import re
 import warnings
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -39,7 +42,9 @@ REASONS = {
     "bad_mode": "a pixel format other than grey, RGB or palette, 8 bits deep",
     "bad_shape": "an image too small, or too long for its width, for the vision tower",
     "path_escape": "an image name that leaves the images' folder",
-    "many_images": "a conversation about more than one image",
+    "no_image": "a record that says it has no image",
+    "many_images": "a conversation about more images than the limit",
+    "image_marks": "<image> marks whose number is not that of the images",
     "ambiguous_image": "two image files of one name in different folders",
     "unknown_modality": "an image name that begins with none of the eight modalities",
     "non_text": "a question or answer that is not text",
@@ -55,10 +60,13 @@ REASONS = {
     "duplicate_id": "an id already used for another image",
     "contradicting_answers": "one question with different answers",
     "box_broken": "a box that is not four integers",
+    "box_nan": "a box with a coordinate that is not finite",
     "box_out_of_range": "a box outside the 0-1000 grid",
     "box_inverted": "a box whose corners are swapped",
     "box_empty": "a box without area",
     "box_missing": "no box where the task needs one",
+    "box_without_image": "a box in a record that has no image",
+    "box_ambiguous_image": "a box in a conversation about several images: which one is not said",
     "mask_missing": "a listed mask file that is not there",
     "mask_orphan": "a mask without its image",
     "mask_unreadable": "a mask that cannot be decoded",
@@ -73,11 +81,15 @@ REASONS = {
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PREFIX = re.compile(r"^\s*(?:Picture \d+:\s*)?<img>(.*?)</img>[ \t]*\n?", re.S)
+_PREFIX = re.compile(r"^(?:\s*(?:Picture \d+:\s*)?<img>[^<]*</img>[ \t]*\n?)+")
 _MARKS = re.compile(r"</?ref>|<\|object_ref_(?:start|end)\|>|<image>\n?")
 _SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab and line feed
+# All controls but tab and line feed; line separators; what turns the direction of text or has no width.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u2069\ufeff]")
 _BOX = re.compile(r"<box>.*?</box>", re.S)
+_LONGEST_NAME = 1024
+FETCHED_AHEAD = 16
+"""Files of a bucket that are on their way at one time."""
 
 
 class RowError(ValueError):
@@ -103,6 +115,7 @@ class Limits:
     min_side: int = 8  # pixels
     max_aspect: int = 200  # longer side over shorter; Qwen2-VL's processor refuses more
     max_chars: int = 8_000  # of one question or answer; the recipe cuts at 2,048 tokens
+    max_images: int = 8  # of one conversation
 
 
 def clean_text(value: object, limits: Limits) -> str:
@@ -117,6 +130,8 @@ def clean_text(value: object, limits: Limits) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("invalid_utf8", f"a lone surrogate at character {error.start}") from None
+    if "\ufffd" in value:
+        raise RowError("invalid_utf8", f"a replacement character at character {value.index(chr(0xFFFD))}")
     text = from_qwen(_MARKS.sub("", _PREFIX.sub("", value))).replace("\r\n", "\n")
     if len(text) > limits.max_chars:
         raise RowError("too_long", f"{len(text)} characters, at most {limits.max_chars}")
@@ -140,12 +155,17 @@ def infer_task(question: str, answer: str) -> str:
 
 
 def check_turn(
-    question: object, answer: object, task: str | None = None, limits: Limits | None = None
+    question: object,
+    answer: object,
+    task: str | None = None,
+    limits: Limits | None = None,
+    images: int = 1,
 ) -> Turn:
     """One question/answer pair as a ``Turn``.
 
     Args:
         task: the task the source names, or None to infer it.
+        images: how many images the question is about.
 
     Raises:
         RowError, BoxError: with the reason's code.
@@ -153,6 +173,8 @@ def check_turn(
     limits = limits or Limits()
     asked, answered = clean_text(question, limits), clean_text(answer, limits)
     in_question, in_answer = parse_boxes(asked), parse_boxes(answered)
+    if images > 1 and (in_question or in_answer):
+        raise RowError("box_ambiguous_image", f"{images} images")
     task = task or infer_task(asked, answered)
     if task not in TASKS:
         raise RowError("invalid_record", f"task {task!r}")
@@ -183,8 +205,10 @@ def check_name(name: str) -> str:
     """An id or file name that can be stored and printed on one line.
 
     Raises:
-        RowError: control_characters or invalid_utf8.
+        RowError: too_long, control_characters or invalid_utf8.
     """
+    if len(name) > _LONGEST_NAME:
+        raise RowError("too_long", f"a name of {len(name)} characters, at most {_LONGEST_NAME}")
     control = re.search("[\t\n]", name) or _CONTROL.search(name)
     if control:
         raise RowError("control_characters", f"U+{ord(control.group()):04X} in the name {name[:60]!r}")
@@ -226,13 +250,22 @@ def resolve(root: Path, name: str) -> list[Path]:
 class Folder:
     """A folder that files are read from by names a stranger wrote; ``seen`` keeps what each file was.
 
-    On a bucket a file that cannot be read for another reason than not being there raises OSError: an outage
-    is no row's fault.
+    From a bucket, whose answers take their time, the next files of ``expect`` are fetched ahead. There a file
+    that cannot be read for another reason than not being there raises OSError: an outage is no row's fault.
     """
 
     def __init__(self, root: Path, limits: Limits) -> None:
         self.root, self.limits = root, limits
         self.seen: dict[str, str | None] = {}
+        self._coming: deque[str] = deque()
+        self._fetched: dict[str, Future[tuple[bytes, str]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Files that will be read, in about this order."""
+        if storage.is_remote(self.root):
+            self._coming = deque(dict.fromkeys(names))
+            self._pool = self._pool or ThreadPoolExecutor(FETCHED_AHEAD)
 
     def read(self, name: str) -> bytes:
         """The bytes of file ``name``.
@@ -240,23 +273,32 @@ class Folder:
         Raises:
             RowError: missing_image, unreadable_image, too_many_bytes; those of ``resolve``.
         """
+        if name in self._fetched:  # what was to come before it is not wanted any more
+            for passed in list(self._fetched)[: list(self._fetched).index(name)]:
+                del self._fetched[passed]
+        while self._pool and self._coming and len(self._fetched) < FETCHED_AHEAD:
+            ahead = self._coming.popleft()
+            self._fetched[ahead] = self._pool.submit(self._fetch, ahead)
+        future = self._fetched.pop(name, None)
+        self.seen[name] = None
         try:
-            for path in resolve(self.root, name):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                    data, self.seen[name] = storage.read_stamped(path, self.limits.max_bytes)
-                    return data
+            data, self.seen[name] = future.result() if future else self._fetch(name)
         except OverflowError as error:
-            self.seen[name] = None
             raise RowError("too_many_bytes", str(error)) from None
+        except FileNotFoundError:
+            raise RowError("missing_image", repr(name[:120])) from None
         except OSError as error:
-            self.seen[name] = None
             if storage.is_remote(self.root):
                 raise
-            long = error.errno == errno.ENAMETOOLONG
-            code = "missing_image" if long else "unreadable_image"
+            code = "missing_image" if error.errno == errno.ENAMETOOLONG else "unreadable_image"
             raise RowError(code, f"{name[:120]!r}: {error.strerror}") from None
-        self.seen[name] = None
-        raise RowError("missing_image", repr(name[:120]))
+        return data
+
+    def _fetch(self, name: str) -> tuple[bytes, str]:
+        for path in resolve(self.root, name):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return storage.read_stamped(path, self.limits.max_bytes)
+        raise FileNotFoundError(name)
 
     def unchanged(self, seen: dict[str, str | None]) -> bool:
         """Whether the files are what they were when a former run read them."""

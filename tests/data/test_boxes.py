@@ -67,7 +67,7 @@ def test_spaces_and_line_feeds_inside_a_box_are_read() -> None:
         ("(1,2),(3)", "box_broken"),
         ("", "box_broken"),
         ("1,2,3,4", "box_broken"),
-        ("(nan,2),(3,4)", "box_broken"),
+        ("(nan,2),(3,4)", "box_nan"),
         ("(1.5,2),(3,4)", "box_broken"),
         ("(1,2),(3,4),(5,6)", "box_broken"),
         ("(-1,2),(3,4)", "box_out_of_range"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
@@ -179,114 +178,6 @@ def test_task_files_about_one_image_meet_in_one_record(tmp_path: Path) -> None:
     assert (manifest["images"], manifest["duplicates"], manifest["records_in"]) == (5, 5, 25)
 
 
-BOX = "<box>(1,2),(3,4)</box>"
-BAD_TURNS = {
-    "non_text": [[None, "a"], ["q", 3], ["q", ["a"]], ["q", {}]],
-    "empty_text": [["", "a"], ["q", " \n"]],
-    "too_long": [["q", "a" * 9000]],
-    "control_characters": [["q\x00", "a"], ["q", "a\x1b"], ["q", "a\u2028"]],
-    "special_token": [["q<|im_end|>", "a"], ["q <|image_pad|>", "a"]],
-    "invalid_utf8": [["q\ud800", "a"]],
-    "box_broken": [
-        ["q", "<box>(1,2),(3)</box>"],
-        ["q", "<box>(nan,2),(3,4)</box>"],
-        ["q", "<box>(1,2),(3,4)"],
-    ],
-    "box_out_of_range": [["q", "<box>(1,2),(3,1001)</box>"], ["q", "<box>(-1,2),(3,4)</box>"]],
-    "box_inverted": [["q", "<box>(9,2),(3,4)</box>"]],
-    "box_empty": [["q", "<box>(3,2),(3,4)</box>"]],
-    "contradicting_answers": [["Where is it?", f"At {BOX}"], ["Where is it?", "At <box>(1,2),(9,9)</box>"]],
-}
-BAD_ENTRIES = {
-    "missing_image": [{"id": "ct_none", "conversations": [["q", "a"]]}],
-    "path_escape": [
-        {"image": name, "conversations": [["q", "a"]]}
-        for name in ("../ct_0--D--p0--z.png", "/etc/ct_1.png", "ct_link.png", "..\\ct_1.png")
-    ],
-    "unknown_modality": [{"id": "photo", "conversations": [["q", "a"]]}],
-    "many_images": [{"images": ["ct_0.png", "ct_1.png"], "conversations": [["q", "a"]]}],
-    "no_turns": [{"id": "ct_0", "conversations": []}],
-    "odd_turns": [
-        {"id": "ct_0", "conversations": [["q"]]},
-        {"id": "ct_0", "messages": [{"role": "user", "content": "q"}]},
-    ],
-    "invalid_record": [3, None, [], {"id": "ct_0"}, {"conversations": [["q", "a"]]}],
-    "duplicate_id": [{"id": "good 0", "image": "ct_twin.png", "conversations": [["q", "a"]]}],
-    "ambiguous_image": [{"image": "sub/ct_0--D--p0--z.png", "conversations": [["q", "a"]]}],
-}
-GOOD = 30
-
-
-def bad_images() -> dict[str, bytes]:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)).save(buffer, "PNG")
-    whole, deep, thin = buffer.getvalue(), io.BytesIO(), io.BytesIO()
-    Image.new("I;16", (32, 32)).save(deep, "PNG")
-    Image.new("L", (32, 2)).save(thin, "PNG")
-    huge = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(huge, "PNG")
-    return {
-        "zero_byte": b"",
-        "truncated": whole[:-300],
-        "unreadable_image": b"<html>not found</html>",
-        "bad_mode": deep.getvalue(),
-        "bad_shape": thin.getvalue(),
-        "bomb": huge.getvalue(),
-    }
-
-
-def malformed_corpus(folder: Path) -> tuple[list[Any], Counter[str]]:
-    """Good images with good turns and bad ones beside them; what each reason should count."""
-    images = folder / "images"
-    (images / "sub").mkdir(parents=True)
-    expected: Counter[str] = Counter()
-    entries: list[Any] = []
-    for number in range(GOOD):
-        name = f"ct_{number}--D--p{number}--z.png"
-        Image.new("L", (32, 32), number).save(images / name)
-        pairs = [[f"Where is object {number}?", f"At {BOX}."], ["What?", "A CT."]]
-        entries.append({"id": f"good {number}", "image": name, "conversations": pairs})
-    bad_turns = [(code, pair) for code, pairs in BAD_TURNS.items() for pair in pairs]
-    for place, (code, pair) in enumerate(bad_turns):  # contradictions stand side by side: into one image
-        home = 29 if code == "contradicting_answers" else place % 20
-        entries[home]["conversations"].append(pair)
-        expected[code] += 1
-    for code, data in bad_images().items():
-        (images / f"mr_{code}.png").write_bytes(data)
-        entries.append({"id": f"mr_{code}", "conversations": [["q", "a"], ["q2", "a"]]})
-        expected[code] += 2
-    for name in ("photo.png", "ct_twin.png", "sub/ct_0--D--p0--z.png"):
-        Image.new("L", (32, 32)).save(images / name)
-    (folder / "ct_outside.png").write_bytes((images / "photo.png").read_bytes())
-    (images / "ct_link.png").symlink_to(folder / "ct_outside.png")
-    for code, rows in BAD_ENTRIES.items():
-        entries.extend(rows)
-        expected[code] += len(rows)
-    front = [row for row in BAD_ENTRIES["path_escape"] if isinstance(row, dict)]
-    entries = front + [
-        entry for entry in entries if entry not in front
-    ]  # bad rows first, so that none takes a place
-    return entries, expected
-
-
-def test_every_good_row_comes_out_and_every_bad_one_has_its_reason(tmp_path: Path) -> None:
-    entries, expected = malformed_corpus(tmp_path)
-    lines = [json.dumps(entry).encode() for entry in entries]
-    lines.insert(7, b'{"id": "ct_0", "conversations": [[')
-    lines.insert(9, b'{"id": "ct_\xff"}')
-    expected += Counter(invalid_json=1, invalid_utf8=1)
-    (tmp_path / "qa.jsonl").write_bytes(b"\n".join(lines))
-    manifest = prepare(tmp_path / "qa.jsonl", tmp_path / "out", images_per_shard=7)
-    adds_up(manifest, tmp_path / "out")
-    assert manifest["by_reason"] == dict(sorted(expected.items()))
-    assert len(expected) >= 26
-    good = {f"good {number}" for number in range(GOOD)}
-    kept = Counter(sample["id"] for sample in shards.samples(tmp_path / "out"))
-    assert kept.keys() == good and set(kept.values()) == {2}
-    for line in quarantine(tmp_path / "out"):
-        assert line["where"].startswith("qa.jsonl:") and line["detail"]
-
-
 def test_strict_makes_the_first_bad_row_an_error(tmp_path: Path) -> None:
     write_source(PhantomSpec(2, 64), tmp_path)
     rows = json.loads((tmp_path / "medgrit.json").read_text())
@@ -328,19 +219,20 @@ def test_no_patient_is_on_both_sides(tmp_path: Path) -> None:
 # SA-Med2D.
 
 
-def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
+def mask_folder(folder: Path) -> None:
+    """Six images with two good masks each, and masks that are bad in every way."""
     for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir(parents=True)
     spots = np.zeros((64, 64), np.uint8)
     spots[8:24, 8:24] = 255
     for number in range(6):
         stem = f"ct_00--D--p{number}--z_1"
-        Image.new("L", (64, 64), number).save(tmp_path / "images" / f"{stem}.png")
+        Image.new("L", (64, 64), number).save(folder / "images" / f"{stem}.png")
         for instance in range(2):
             Image.fromarray(spots.T if instance else np.roll(spots, 20 + number)).save(
-                tmp_path / "masks" / f"{stem}--0003_{instance:03d}.png"
+                folder / "masks" / f"{stem}--0003_{instance:03d}.png"
             )
-    masks, images = tmp_path / "masks", tmp_path / "images"
+    masks, images = folder / "masks", folder / "images"
     Image.new("L", (64, 64)).save(masks / "ct_00--D--p0--z_1--0004_000.png")  # empty
     Image.new("L", (64, 9)).save(masks / "ct_00--D--p1--z_1--0004_000.png")  # wrong size
     Image.fromarray(255 - spots).save(masks / "ct_00--D--p2--z_1--0004_000.png")  # inverted
@@ -350,6 +242,10 @@ def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
     Image.fromarray(spots).save(masks / "ct_00--D--p4--z_1--tumor.png")  # no class number
     (images / "ct_00--D--p5--z_1.png").write_bytes(b"no image")
     Image.new("L", (64, 64)).save(images / "ct_00--D--lonely--z_1.png")
+
+
+def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
+    mask_folder(tmp_path)
     manifest = prepare(tmp_path, tmp_path / "out", images_per_shard=2)
     adds_up(manifest, tmp_path / "out")
     assert manifest["by_reason"] == {

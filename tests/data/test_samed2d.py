@@ -149,6 +149,28 @@ def test_instances_of_one_class_are_one_question_with_every_box() -> None:
     assert sum(turn.task == "roc" for turn in turns) == 2
 
 
+def test_a_union_mask_beside_its_instances_is_no_object_of_its_own() -> None:
+    union = (LEFT[0], LEFT[1], RIGHT[2], RIGHT[3])
+    turns = record(f"{STEM}.png", [("lung", union), ("lung", LEFT), ("lung", RIGHT)], seed=0).turns
+    assert [parse_boxes(turn.answer) for turn in turns if turn.task == "vg"] == [[LEFT, RIGHT]]
+    assert {parse_boxes(turn.question)[0] for turn in turns if turn.task == "roc"} == {LEFT, RIGHT}
+    named = [("lung", union), ("left lung", LEFT), ("right lung", RIGHT)]  # a class of its own has a name
+    assert sum(turn.task == "vg" for turn in record(f"{STEM}.png", named, seed=0).turns) == 3
+    pair = record(f"{STEM}.png", [("lung", union), ("lung", LEFT)], seed=0).turns
+    assert len(parse_boxes(next(turn for turn in pair if turn.task == "vg").answer)) == 2
+
+
+def test_what_a_caption_says_is_the_classs_and_the_boxs(seed: int = 0) -> None:
+    """Laterality comes from the class name, the place from the box: none is made up from the other."""
+    for name, box, where in [
+        ("left kidney", (800, 400, 950, 500), "right"),  # on the image's right, as radiology shows it
+        ("kidney", (0, 0, 150, 150), "upper left"),
+        ("liver", (400, 400, 600, 600), "centre"),
+    ]:
+        (turn,) = [turn for turn in record(f"{STEM}.png", [(name, box)], seed).turns if turn.task == "rc"]
+        assert f"the {name}, a" in turn.answer and turn.answer.endswith(f"in the {where} of the image.")
+
+
 def test_a_box_that_two_names_share_is_not_asked_about() -> None:
     turns = record(f"{STEM}.png", [("lung", TOP), ("infection", TOP), ("heart", LEFT)], seed=0).turns
     assert [turn.answer for turn in turns if turn.task == "roc"] == ["Heart"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinkd.data.split import assign
+from clinkd.data.split import assign, groups
 
 
 @given(
@@ -53,3 +53,19 @@ def test_a_case_keeps_its_place_in_the_order_when_others_join() -> None:
     few = assign(cases, seed=0, test_fraction=0.2)
     more = assign(cases | {f"new {n}": {"mr"} for n in range(50)}, seed=0, test_fraction=0.2)
     assert few == {case: side for case, side in more.items() if case in few}
+
+
+@settings(deadline=None)  # the first example imports scipy
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=20))
+def test_groups_are_what_pairs_join(count: int, pairs: list[tuple[int, int]]) -> None:
+    pairs = [(a % count, b % count) for a, b in pairs]
+    found = groups(count, pairs)
+    assert len(found) == count and sorted(set(found)) == list(range(len(set(found))))
+    assert list(dict.fromkeys(found)) == sorted(set(found))  # numbered by first appearance
+    assert all(found[a] == found[b] for a, b in pairs)
+    joined = {number: {number} for number in range(count)}
+    for a, b in pairs:
+        union = joined[a] | joined[b]
+        for number in union:
+            joined[number] = union
+    assert len({frozenset(members) for members in joined.values()}) == len(set(found))
