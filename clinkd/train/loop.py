@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
+from clinkd.data.shards import DataError
 from clinkd.train.ledger import Group, Ledger
 
 
@@ -237,7 +238,8 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
         rows: Ray Dataset of records, handed whole to every worker; None where ``job.rows`` is False.
 
     Raises:
-        TrainError: a worker failed more often than ``compute.max_failures`` allows.
+        DataError: a worker met a record that cannot be fed.
+        ray.train.TrainingFailedError: a worker failed more often than ``compute.max_failures`` allows.
     """
     import ray.train
     import ray.train.torch
@@ -269,4 +271,16 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _data_error(error) or error from None
+
+
+def _data_error(error: Exception) -> DataError | None:
+    """The error of the data that ended a worker, if it was one: the user's to mend, in one line."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        found = getattr(failure, "_base_exc", failure)
+        if isinstance(found, DataError):
+            return DataError(str(found))
+    return None

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clinkd.data.codec import smart_resize
+
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The image processor of a model's folder, with these limits of the resized area where they are given.
@@ -97,8 +99,6 @@ def _one_channel(image: Any) -> Any:
 
 def resized(processor: Any, height: int, width: int) -> tuple[int, int]:
     """Height and width after the processor's resize; works on the image's size alone."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
     return smart_resize(
         height,
         width,

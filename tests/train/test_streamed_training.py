@@ -15,7 +15,7 @@ from clinkd.config import ComputeSection, OptimSection
 from clinkd.data.feed import Resources, Shards, build_index
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.plan import PlanOptions, plan_epoch
-from clinkd.data.shards import samples
+from clinkd.data.shards import DataError, samples
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.batches import BatchSpec
 from clinkd.train.feed import StreamSpec, StreamTask
@@ -64,7 +64,7 @@ def start(prepared, tmp_path_factory) -> Path:
 
 def train(
     prepared: Path, start: Path, out: Path, *, zero: int, steps: int | None = None, dies: str | None = None,
-    tokens: int = 400, ids: list[str] | None = None,
+    tokens: int = 400, ids: list[str] | None = None, failures: int = 2,
 ):  # fmt: skip
     import ray.cloudpickle
 
@@ -74,7 +74,7 @@ def train(
     batch = BatchSpec(vqa.model, vqa.guidance, packed=True)
     shards = Shards.of(prepared)
     index = build_index(shards, "train", batch.measure, ids=ids).write(out / "lengths.arrow")
-    compute = ComputeSection(workers=2, checkpoint_every=5)
+    compute = ComputeSection(workers=2, checkpoint_every=5, max_failures=failures)
     cpus = cluster.feed_cpus(2, compute.cpus_per_worker, 2)
     source = StreamSpec(batch, PlanOptions(0, 1, tokens, 2, 2), str(index), shards, Resources(2, cpus))
 
@@ -130,6 +130,29 @@ def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_pat
     assert sorted(len(rank[0].sequences) for rank in ranks) == [0, 1] and len(ranks[0]) == 1
     losses = [line["loss"] for line in lines]
     assert len(losses) == 4 and losses[-1] < losses[0] and len({line["tokens"] for line in lines}) == 1
+
+
+def test_a_bad_image_ends_training_with_the_records_id(prepared, start, tmp_path) -> None:
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    shard = data / "shards" / json.loads((data / "manifest.json").read_text())["shards"][0]["name"]
+    table = pq.read_table(shard)
+    row = table.column("split").to_pylist().index("train")
+    pngs = table.column("png").to_pylist()
+    pngs[row] = pngs[row][:100]
+    place = table.schema.get_field_index("png")
+    pq.write_table(table.set_column(place, "png", pa.array(pngs, pa.binary())), shard)
+    name = table.column("id")[row].as_py()
+    with pytest.raises(
+        DataError, match=f"^record {name}: its image cannot be decoded .*clinkd prepare"
+    ) as error:
+        train(data, start, tmp_path / "bad", zero=0, failures=0)
+    assert "\n" not in str(error.value)
 
 
 def test_the_stage_teacher_streams_where_the_configuration_says_so(tmp_path: Path) -> None:
