@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class FeedError(DataError):
 class Asked:
     """One group of a batch, its record read."""
 
-    row: dict[str, Any]  # the shard's columns, image bytes included
+    row: dict[str, Any]  # the shard's columns, image bytes included; the same object for all groups of a job
     documents: tuple[int, ...]
     tokens: int  # of all its documents, as the plan counted them
 
@@ -117,24 +118,35 @@ def run_job(job: list[Any], shards: Shards, make: Make) -> Iterator[Arrays]:
     Raises:
         FeedError: a record that cannot be read, decoded or made into a batch.
     """
-    rows = _Rows(shards)
+    rows = _Rows(shards, Counter(place for batch in job for sequence in batch for place, _, _ in sequence))
     for batch in job:
         sequences = [
-            [Asked(rows[place], documents, tokens) for place, documents, tokens in sequence]
+            [Asked(rows.take(place), documents, tokens) for place, documents, tokens in sequence]
             for sequence in batch
         ]
         yield make(sequences)
 
 
 class _Rows:
-    """Rows of the shards by place; each row group is read once and kept while the job runs."""
+    """Rows of the shards by place. Each row group is read once; a row is kept, with what ``make`` leaves in
+    it, until its last group of the job is taken: no longer, as rows hold images."""
 
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
+    def __init__(self, shards: Shards, uses: Counter[Place]) -> None:
+        self.shards, self.uses = shards, uses
         self._groups: dict[tuple[int, int], Any] = {}
+        self._rows: dict[Place, dict[str, Any]] = {}
 
-    def __getitem__(self, place: Place) -> dict[str, Any]:
-        shard, group, row = place
+    def take(self, place: Place) -> dict[str, Any]:
+        row = self._rows.get(place)
+        if row is None:
+            row = self._rows[place] = self._group(place).slice(place[2], 1).to_pylist()[0]
+        self.uses[place] -= 1
+        if not self.uses[place]:
+            del self._rows[place]
+        return row
+
+    def _group(self, place: Place) -> Any:
+        shard, group, _ = place
         if (shard, group) not in self._groups:
             try:
                 with self.shards.open(shard) as file:
@@ -145,7 +157,7 @@ class _Rows:
                     f"{self.shards.paths[shard]}: row group {group} cannot be read ({error}); "
                     "run `clinkd prepare` again"
                 ) from None
-        return dict(self._groups[shard, group].slice(row, 1).to_pylist()[0])
+        return self._groups[shard, group]
 
 
 def to_row(arrays: Arrays) -> Any:

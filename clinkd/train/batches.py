@@ -28,8 +28,8 @@ from clinkd.model.presets import IMAGE, VISION_START
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.pixels import Patches, blank, cut, image_tokens, join, load_processor
 
-KEPT_RECORDS = 512
-"""Records whose patches a task keeps, as their turns may stand in several batches of a window."""
+CUT = "patches"
+"""Key of a row's images once they are cut: its turns may stand in several batches of a job."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class BatchMaker:
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
         self.alignment = read_scores(spec.scores)
-        self._patches: dict[str, list[Patches]] = {}
 
     def documents(self, row: dict[str, Any]) -> list[tuple[int, ...]]:
         """Turns of each document of a record."""
@@ -98,20 +97,16 @@ class BatchMaker:
         Raises:
             FeedError: one of them cannot be decoded.
         """
-        if row["id"] not in self._patches:
+        if CUT not in row:
+            contents = (row["png"], *(row.get("more_png") or []))
             try:
-                found = [
-                    cut(self.processor, content) for content in (row["png"], *(row.get("more_png") or []))
-                ]
+                row[CUT] = [cut(self.processor, content) for content in contents]
             except Exception as error:
                 raise FeedError(
                     f"record {row['id']}: its image cannot be decoded ({error}); "
                     "run `clinkd prepare` again, which leaves such images out"
                 ) from None
-            if len(self._patches) >= KEPT_RECORDS:
-                self._patches.pop(next(iter(self._patches)))
-            self._patches[row["id"]] = found
-        return self._patches[row["id"]]
+        return list(row[CUT])
 
     def batch(self, sequences: list[list[Asked]]) -> Arrays:
         """Arrays of a batch.
