@@ -205,21 +205,23 @@ def breakdown(data: Path, model: Path) -> None:
     )
     grey = np.mean([int(part["channels"][0]) == 1 for part in patches])
     print(f"one image in ms, one process ({grey:.0%} of the images are grey):")
-    for name, work in {
-        "both: decode": lambda: [Image.open(io.BytesIO(row["png"])).convert("RGB") for row in rows],
-        "DataLoader: processor": lambda: [processor(images=image, return_tensors="pt") for image in images],
-        "DataLoader: copy of its floats": lambda: [value.clone() for value in floats],
-        "feed: decode, resize and cut": lambda: [cut(processor, row["png"]) for row in rows],
-        "feed: to the object store and back": lambda: [
-            next(from_rows(pickle.loads(pickle.dumps(to_row(part), 5)))) for part in patches
-        ],
-        "feed: pixel values in the consumer": lambda: [numbers(**part) for part in patches],
-    }.items():
-        work()
+    works: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+        "both: decode": (lambda row: Image.open(io.BytesIO(row["png"])).convert("RGB"), rows),
+        "DataLoader: processor": (lambda image: processor(images=image, return_tensors="pt"), images),
+        "DataLoader: copy of its floats": (lambda value: value.clone(), floats),
+        "feed: decode, resize and cut": (lambda row: cut(processor, row["png"]), rows),
+        "feed: to the object store and back": (
+            lambda part: next(from_rows(pickle.loads(pickle.dumps(to_row(part), 5)))),
+            patches,
+        ),
+        "feed: pixel values in the consumer": (lambda part: numbers(**part), patches),
+    }
+    for name, (work, items) in works.items():
+        work(items[0])
         start = time.perf_counter()
-        for _ in range(3):
-            work()
-        print(f"  {name}: {(time.perf_counter() - start) / 3 / len(rows) * 1e3:.2f}")
+        for item in items * 3:
+            work(item)
+        print(f"  {name}: {(time.perf_counter() - start) / 3 / len(items) * 1e3:.2f}")
     sizes = [sum(value.nbytes for value in part.values()) for part in patches]
     whole = np.mean([value.nbytes for value in floats])
     print(f"bytes an image: DataLoader {whole:.0f}, feed {np.mean(sizes):.0f}")

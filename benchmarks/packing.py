@@ -1,14 +1,14 @@
 """Tokens a second of real training steps: samples packed into sequences, against samples padded to the
 longest.
 
-    python benchmarks/packing.py [--images N] [--tokens N] [--batch N] [--rounds N] [--threads N]
+    python benchmarks/packing.py [--images N] [--tokens N] [--sequences N] [--batch N] [--questions N]
 
 Both sides train the tiny model of configs/tiny.yaml (forward and backward of the supervised loss) on the
-same phantoms' samples, one turn each, made by the same code, images included. The padded side takes
---batch samples at a time as the table does: in the order of the plan, one sequence each. What counts are
-tokens that are no padding. Rounds alternate; a first step of each side is not counted; the ratios are of
-the medians, by the clock and by this process's CPU seconds, which other work on the machine disturbs
-less. Batches are made beforehand.
+same phantoms' samples, one turn each, made by the same code, images included; --questions of them share
+an image. The padded side takes --batch images at a time as the table does: in the order of the plan, one
+sequence each. What counts are tokens that are no padding. Rounds alternate; a first step of each side is
+not counted; the ratios are of the medians, by the clock and by this process's CPU seconds, which other
+work on the machine disturbs less. Batches are made beforehand.
 
 On a CPU attention over a packed sequence of L tokens costs L * L, whoever may see whom: there sequences
 should be no longer than a few samples. On GPUs flash attention skips what no one may see.
@@ -27,7 +27,15 @@ from typing import Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in (("images", 240), ("tokens", 512), ("batch", 8), ("rounds", 3), ("threads", 1)):
+    for name, value in (
+        ("images", 160),
+        ("tokens", 256),
+        ("sequences", 2),
+        ("batch", 8),
+        ("questions", 1),
+        ("rounds", 3),
+        ("threads", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     chosen = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -107,11 +115,13 @@ def prepared(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     vqa = VqaSpec(str(folder / "model"), RopeGuidance(2.0, 2.0), train_vision=True)
     shards = Shards.of(folder / "data")
     sides: dict[str, Any] = {}
-    for name, tokens, batch in (("padded", None, chosen.batch), ("packed", chosen.tokens, 1)):
+    for name, tokens, batch in (("padded", None, chosen.batch), ("packed", chosen.tokens, chosen.sequences)):
         made = BatchSpec(vqa.model, vqa.guidance, packed=tokens is not None)
         index = build_index(shards, "train", made.measure)
         path = index.write(folder / f"{name}.arrow")
-        spec = StreamSpec(made, PlanOptions(0, batch, tokens, window=4), str(path), shards, Resources())
+        spec = StreamSpec(
+            made, PlanOptions(0, batch, tokens, chosen.questions, window=4), str(path), shards, Resources()
+        )
         task = StreamTask(vqa, spec)
         sides[name] = [
             {"inputs": inputs, "tokens": int((inputs["input_ids"] != task.tokenizer.pad_token_id).sum())}

@@ -7,9 +7,9 @@ Decisions:
 - A batch is one row: its arrays as raw bytes, a JSON header with their types and shapes. They cross the
   object store once and are read where they lie.
 - Tasks, not actors. A task finds a worker process of an earlier one, with tokenizer and processor loaded;
-  actors start anew with every pipeline. On two cores, 502 images of 512 pixels: first batch after 0.2-0.4 s
-  from tasks and 6-9 s from actors, 103-161 images/s and 31-42 over the whole pass (benchmarks/feed.py
-  --actors; the machine was busy, and both took turns).
+  actors start anew with every pipeline. On two cores, 376 images of 512 pixels: first batch after 0.4 s from
+  tasks and 5 s from actors, 105 images/s and 43 over the whole pass, 117 and 112 once both run
+  (benchmarks/feed.py --actors).
 - What a batch is made of is the caller's: ``make`` turns records into arrays, on whatever model's terms.
 - A record that cannot be made into a batch ends the run at once, with its id and what to do. Preparation
   has looked at every image, so a bad one here means that the data changed since.
