@@ -7,6 +7,9 @@ Decisions:
 - What is packed together is decided within a window of samples, which the caller has shuffled: sorting by
   length happens inside it alone, and the sequences come back in an order that does not tell their
   lengths.
+- What it saves is padding, and what it costs is attention over whole sequences where nothing skips what no
+  one may see. On a CPU, with phantoms of 55 to 79 tokens, fill rates of 0.86 (padded) and 0.93 to 1.0
+  (packed) come to 0.86 to 1.0 of the padded tokens/s (benchmarks/packing.py): there it does not pay.
 - A sample is never cut. One that is longer than a sequence is refused, by its place: the caller knows its
   name.
 """
