@@ -92,6 +92,19 @@ def declared_cpus(workers: int, cpus_per_worker: float) -> float:
     return max(0.01, min(cpus_per_worker * 0.4, left / workers))
 
 
+def feed_cpus(workers: int, cpus_per_worker: float, tasks: int) -> float:
+    """CPUs that a task of a training worker's feed declares, ``tasks`` of them beside each worker.
+
+    All of them must find room at one time: one that waits for another worker's would hold its own worker up,
+    for which the other waits in turn.
+    """
+    import ray
+
+    training = workers * declared_cpus(workers, cpus_per_worker)
+    left = max(DATA_CPUS, ray.cluster_resources().get("CPU", 0.0) - training)
+    return max(0.01, min(1.0, 0.9 * left / (workers * tasks)))
+
+
 def disconnect() -> None:
     """Leaves a cluster that ``connect`` joined, and ends a Ray that it started; one that was there stays."""
     global _started_here, _connected_here

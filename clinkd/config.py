@@ -55,6 +55,37 @@ class DataSection(Section):
     records_per_shard: int = Field(512, ge=1)
 
 
+class FeedSection(Section):
+    """How training samples reach the workers of the stage teacher; the other stages read a table."""
+
+    mode: Literal["table", "stream"] = Field(
+        "table",
+        description="table: all records in a file on each node; stream: drawn from the shards in training, "
+        "for data that no node can hold",
+    )
+    pack_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="stream: samples share sequences of at most so many tokens, counted by batch_size; "
+        "none: a sequence each, padded",
+    )
+    conversations: bool = Field(
+        False, description="stream: all turns of a record as one conversation, not each turn for itself"
+    )
+    window: int = Field(
+        4, ge=1, description="stream: row groups (of 64 records) that are read and shuffled together"
+    )
+    tasks: int = Field(
+        2, ge=1, description="stream: tasks that decode and pack at one time for each training worker"
+    )
+
+    @model_validator(mode="after")
+    def _streamed(self) -> FeedSection:
+        if self.mode == "table" and (self.pack_tokens is not None or self.conversations):
+            raise ValueError("pack_tokens and conversations need mode: stream")
+        return self
+
+
 class TinySection(Section):
     """Sizes of a model made here; ignored where a path is given."""
 
@@ -97,6 +128,24 @@ class ModelSection(Section):
         False, description="train the student's vision tower too (the paper freezes it)"
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
+    min_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="smallest area that images are resized to, for student and teacher; none: as the model's "
+        "preprocessor_config.json says (Qwen2-VL's released inference: 200704, which is 256 x 28 x 28)",
+    )
+    max_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="largest area that images are resized to; none: as preprocessor_config.json says "
+        "(released inference: 1003520, which is 1280 x 28 x 28)",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ModelSection:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
+        return self
 
 
 class TeacherSection(Section):
@@ -251,6 +300,7 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
+    feed: FeedSection = FeedSection()
     model: ModelSection = ModelSection()
     teacher: TeacherSection = TeacherSection()
     rope: RopeSection = RopeSection()

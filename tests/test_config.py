@@ -81,3 +81,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         optim = config.distill.optim
         assert (optim.batch_size, optim.accumulation, optim.lr, optim.epochs) == (2, 8, 5e-5, 3)
         assert (config.compute.zero_stage, config.compute.precision) == (3, "bf16")
+
+
+def test_what_only_a_stream_can_do_is_refused_of_a_table(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pack_tokens and conversations need mode: stream"):
+        load_config(write(tmp_path, "feed: {pack_tokens: 512}\n"))
+    assert load_config(write(tmp_path, "feed: {mode: stream, pack_tokens: 512}\n")).feed.pack_tokens == 512
+    with pytest.raises(ConfigError, match=r"min_pixels \(9\) is above max_pixels \(4\)"):
+        load_config(write(tmp_path, "model: {min_pixels: 9, max_pixels: 4}\n"))

@@ -8,7 +8,8 @@ Decisions:
   ``mm_token_type_ids`` is accepted and not needed.
 - During generation positions travel as float64 and are cast to float32 by the rotary embedding, so that "last
   position + 1", which is how transformers continues them, rounds like ``text position + delta``.
-- Only three axes are handed on, never a fourth for text: masks come from ``attention_mask``.
+- Only three axes are handed on, never a fourth for text: masks come from ``attention_mask``. Packed rows
+  bring all four of their own (``conversation.packed_positions``), and no mask.
 - The vision tower's blocks and patch embedding may be frozen, its merger never (it speaks the language
   model's language).
 """
@@ -185,16 +186,21 @@ class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
         image_index: Tensor | None = None,
         alignment: Tensor | None = None,
         relevance: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states, one vision tower pass per distinct image.
 
         Args:
-            input_ids, attention_mask: [B, L], one image per row.
+            input_ids, attention_mask: [B, L].
             image_grid_thw: [images, 3] of the distinct images.
             pixel_values: [patches, values] of the distinct images; or else
             image_features: [merged patches, H] of the distinct images, as the merger gives them.
-            image_index: [B] the image each row asks about; None: row i asks about image i.
-            alignment: [B, 1]. relevance: [merged patches over the rows].
+            image_index: [vision segments] the image of each segment of the batch, mostly one a row; None:
+                segment i shows image i. Images that no segment shows run through the tower all the same,
+                with weight 0, so that every rank of a sharded model does the same work.
+            alignment: [B, 1]. relevance: [merged patches over the segments].
+            position_ids: [4, B, L] of packed rows (``conversation.packed_positions``), without an
+                attention_mask; None: from the ids.
 
         Returns:
             [B, L, H], after the last norm; ``lm_head`` makes logits of it.
@@ -202,16 +208,26 @@ class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Raises:
             ValueError: neither or both of pixel_values and image_features, or scores missing.
         """
-        outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
-        return self.model(
+        images: dict[str, Any] = {}
+        unseen, shape = None, input_ids.shape
+        if position_ids is not None and "flash" in str(self.config.text_config._attn_implementation):
+            # It tells packed documents apart in a batch of one alone; laid end to end, rows stay documents.
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(4, 1, -1)
+        if image_index is None or len(image_index):
+            outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
+            images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
+        else:
+            unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
+        hidden = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            image_grid_thw=grids,
-            mm_encoder_outputs=outputs,
+            position_ids=position_ids,
             use_cache=False,
             alignment=alignment,
             relevance=relevance,
-        ).last_hidden_state
+            **images,
+        ).last_hidden_state.view(*shape, -1)
+        return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
 
     def encode_images(
         self,
@@ -220,19 +236,24 @@ class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> tuple[dict[str, BaseModelOutputWithPooling], Tensor]:
-        """``mm_encoder_outputs`` and grids [B, 3] of rows that ask about ``image_index``; see above."""
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("clinkd model: give either pixel_values or image_features")
-        if image_features is None:
-            parts = self.model.get_image_features(pixel_values, image_grid_thw).pooler_output
-        else:
-            merge = self.config.vision_config.spatial_merge_size
-            parts = image_features.split((image_grid_thw.prod(-1) // merge**2).tolist())
+        """``mm_encoder_outputs`` and grids [segments, 3] of segments that show ``image_index``; see above."""
+        parts = self._image_parts(image_grid_thw, pixel_values, image_features)
         grids = image_grid_thw
         if image_index is not None:
             parts = tuple(parts[image] for image in image_index.tolist())
             grids = image_grid_thw[image_index.to(image_grid_thw.device)]
         return {"image": BaseModelOutputWithPooling(pooler_output=tuple(parts))}, grids  # type: ignore[arg-type]
+
+    def _image_parts(
+        self, image_grid_thw: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """[merged patches, H] of each distinct image."""
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("clinkd model: give either pixel_values or image_features")
+        if image_features is None:
+            return tuple(self.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
+        merge = self.config.vision_config.spatial_merge_size
+        return image_features.split((image_grid_thw.prod(-1) // merge**2).tolist())
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import OptimSection
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import start_model, teacher_rope, vqa_spec
+from clinkd.stages.models import pixel_limits, start_model, teacher_rope, vqa_spec
 from clinkd.stages.training import train
 
 RETRIEVAL = "retrieval.json"
@@ -21,7 +21,7 @@ def guide(run: Run) -> Artifact:
         "guide": config.guide.model_dump(), "teacher": config.teacher.tiny.model_dump(),
         "path": config.teacher.path, "vision": config.model.vision.model_dump(),
         "vocab_size": config.model.vocab_size, "seed": config.run.seed,
-    }  # fmt: skip
+    } | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         counts: dict[str, Any] = {}

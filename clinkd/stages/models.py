@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Draft
-from clinkd.config import RopeSection, TinySection
+from clinkd.config import RopeSection, RunConfig, TinySection
 from clinkd.data.scores import FILE
 from clinkd.stages.base import Run
 
@@ -87,6 +87,12 @@ def scores(run: Run, rope: RopeSection) -> str | None:
     return str((run.done["guide"].path / FILE).resolve()) if guidance(rope).guided == "pair" else None
 
 
+def pixel_limits(config: RunConfig) -> dict[str, Any]:
+    """The configured limits of resized images, as a stage's settings; none where the folder's hold."""
+    limits = [config.model.min_pixels, config.model.max_pixels]
+    return {"pixels": limits} if any(limits) else {}
+
+
 def vqa_spec(
     run: Run, start: Path, rope: RopeSection, *, train_vision: bool, coordinate_weight: float = 1.0
 ) -> VqaSpec:
@@ -98,4 +104,5 @@ def vqa_spec(
         dtype=run.config.model.dtype, chunk_size=run.config.distill.chunk_size,
         gradient_checkpointing=run.config.compute.gradient_checkpointing, scores=scores(run, rope),
         coordinate_weight=coordinate_weight,
+        min_pixels=run.config.model.min_pixels, max_pixels=run.config.model.max_pixels,
     )  # fmt: skip

@@ -11,15 +11,21 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clinkd.artifacts import Artifact, Draft
-from clinkd.config import ConfigError, OptimSection
+from clinkd.config import ConfigError, OptimSection, RunConfig
+from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
 from clinkd.stages.base import Run, content_digest, write_whole
-from clinkd.stages.models import student_start, teacher_folder, teacher_rope, vqa_spec
+from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
+
+if TYPE_CHECKING:
+    from clinkd.train.feed import StreamSpec
+    from clinkd.train.loop import TrainJob
+    from clinkd.train.tasks import VqaSpec
 
 
 def steps_of(optim: OptimSection, groups: int, workers: int) -> int:
@@ -37,7 +43,7 @@ def teacher(run: Run) -> Artifact:
     settings = {
         "teacher": config.teacher.model_dump(), "optim": optim.model_dump(), "seed": config.run.seed,
         "precision": compute.precision,
-    }  # fmt: skip
+    } | streamed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.tasks import SupervisedTask
@@ -48,12 +54,21 @@ def teacher(run: Run) -> Artifact:
             run, start, teacher_rope(), train_vision=config.teacher.train_vision,
             coordinate_weight=optim.coordinate_weight,
         )  # fmt: skip
+        if config.feed.mode == "stream":
+            return train_streamed(run, draft, "teacher", optim, zero, spec)
         return train(
             run, draft, "teacher", optim, zero,
             lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
         )  # fmt: skip
 
     return run.stage("teacher", ["prepare", "guide"], settings, make)
+
+
+def streamed(config: RunConfig) -> dict[str, Any]:
+    """Settings of the feed that change what the teacher learns; none for the table."""
+    if config.feed.mode == "table":
+        return {}
+    return {"feed": config.feed.model_dump(exclude={"tasks"})}
 
 
 def _given_teacher(run: Run, path: Path) -> Artifact:
@@ -151,7 +166,7 @@ def train(
     """Trains one stage on the training split, or on ``records`` of it, and shows its progress."""
     from clinkd.data.ingest import read_records
     from clinkd.train.ledger import Ledger
-    from clinkd.train.loop import TrainJob, fit
+    from clinkd.train.loop import TrainJob
 
     out = out or draft.path
     data = run.done["prepare"].path
@@ -165,18 +180,85 @@ def train(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=steps, seed=run.config.run.seed, out=str(out.resolve()),
     )  # fmt: skip
-    rows = read_records(data, split="train", ids=records)
-    run.progress.start(stage, steps)
+    return _fit(run, job, read_records(data, split="train", ids=records), draft.work, len(chosen))
+
+
+def _fit(run: Run, job: TrainJob, rows: Any, work: Path, records: int) -> dict[str, Any]:
+    """Runs a job and shows its progress; returns the stage's counts."""
+    from clinkd.train.loop import fit
+
+    metrics = Path(job.out) / "metrics.jsonl"
+    run.progress.start(job.stage, job.steps)
     stop = threading.Event()
-    follower = tail_metrics(out / "metrics.jsonl", run.progress, stop)
+    follower = tail_metrics(metrics, run.progress, stop)
     try:
-        fit(job, rows, draft.work)
+        fit(job, rows, work)
     finally:
         stop.set()
         follower.join()
     run.progress.finish()
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return {"steps": steps, "loss": json.loads(lines[-1])["loss"], "records": len(chosen)}
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    return {"steps": job.steps, "loss": last["loss"], "records": records}
+
+
+def train_streamed(
+    run: Run, draft: Draft, stage: str, optim: OptimSection, zero_stage: int, spec: VqaSpec
+) -> dict[str, Any]:
+    """Trains one stage on the training split as its shards stream by; see train/feed.py."""
+    from clinkd.train.feed import StreamTask
+    from clinkd.train.loop import TrainJob
+
+    source = stream_spec(run, draft, optim, spec)
+    workers = run.config.compute.workers
+    job = TrainJob(
+        stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
+        compute=run.config.compute, zero_stage=zero_stage, rows=False, seed=run.config.run.seed,
+        steps=optim.steps or source.steps(optim.epochs, optim.accumulation, workers),
+        out=str(draft.path.resolve()),
+    )  # fmt: skip
+    return _fit(run, job, None, draft.work, len(source.lengths.ids))
+
+
+def stream_spec(run: Run, draft: Draft, optim: OptimSection, spec: VqaSpec) -> StreamSpec:
+    """How the stage is fed, once the lengths of all samples are known.
+
+    Raises:
+        ConfigError: no record to train on, or a sample longer than ``feed.pack_tokens``.
+    """
+    from clinkd import cluster
+    from clinkd.data.feed import Resources, Shards, build_index
+    from clinkd.data.plan import PlanOptions
+    from clinkd.train.batches import BatchSpec
+    from clinkd.train.feed import StreamSpec
+
+    feed, compute = run.config.feed, run.config.compute
+    batch = BatchSpec(
+        spec.model, spec.guidance, packed=feed.pack_tokens is not None, conversations=feed.conversations,
+        scores=spec.scores, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels,
+    )  # fmt: skip
+    shards = Shards.of(run.done["prepare"].path)
+    index = build_index(shards, "train", batch.measure)
+    if not index.ids:
+        raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
+    path = index.write(draft.work / "lengths.arrow")
+    source = StreamSpec(
+        batch,
+        PlanOptions(
+            run.config.run.seed, optim.batch_size, feed.pack_tokens, optim.questions_per_image, feed.window
+        ),
+        str(path.resolve()),
+        shards,
+        Resources(
+            feed.tasks,
+            cluster.feed_cpus(compute.workers, compute.cpus_per_worker, feed.tasks),
+            store_share=0.5 / compute.workers,
+        ),
+    )
+    try:
+        source.rounds(0, compute.workers)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    return source
 
 
 def turn_counts(run: Run) -> dict[str, int]:

@@ -17,11 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
+from clinkd.data.shards import DataError
 from clinkd.train.ledger import Group, Ledger
 
 
@@ -36,6 +38,9 @@ class Task(Protocol):
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         """The module's arguments for these groups, and the tokens (or items) its sums are over."""
+
+    # A task with a method ``feed(rank, world, limit, state, device)`` is asked for a stream of micro-batches
+    # in the place of ``turn_counts`` and ``batch``; see train/feed.py.
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes the trained model, ``state`` being the whole state dict of the module; rank 0 only."""
@@ -53,6 +58,7 @@ class TrainJob:
     steps: int
     seed: int
     out: str  # where rank 0 writes the model and metrics; seen by driver and workers
+    rows: bool = True  # False: the task finds its rows itself, and make_task gets None
     extras: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,7 +77,8 @@ def run_worker(config: dict[str, Any]) -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(job.seed)
     with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
-        task = job.make_task(ray.train.get_dataset_shard("train"), Path(scratch))
+        rows = ray.train.get_dataset_shard("train") if job.rows else None
+        task = job.make_task(rows, Path(scratch))
         Worker(job, task, rank, world).run()
 
 
@@ -82,7 +89,10 @@ class Worker:
         from clinkd.train.engine import start_engine
 
         self.job, self.task, self.rank, self.world = job, task, rank, world
-        self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
+        self.streams = hasattr(task, "feed")
+        if not self.streams:
+            self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
+        self.feed: Any = None
         self.engine = start_engine(task.build(), job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.step = self.consumed = 0
@@ -110,6 +120,9 @@ class Worker:
         Samples are the rows trained on (the guide: images), not those dealt: a curriculum holds some back.
         """
         size = self.job.optim.batch_size
+        if self.streams:
+            yield from islice(self.feed, self.job.optim.accumulation)
+            return
         for micro in range(self.job.optim.accumulation):
             groups = self.ledger.share(self.consumed + micro * self.world * size, self.rank, self.world, size)
             arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
@@ -154,6 +167,8 @@ class Worker:
 
         with tempfile.TemporaryDirectory(prefix="clinkd-checkpoint-") as folder:
             state = {"step": self.step, "consumed": self.consumed, "world": self.world}
+            if self.streams:
+                state["feed"] = self.feed.state()
             self.engine.save_checkpoint(folder, tag="state", client_state=state)
             ray.train.report(
                 {"step": self.step},
@@ -165,10 +180,15 @@ class Worker:
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
+        state: dict[str, Any] = {}
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 _, state = self.engine.load_checkpoint(folder, tag="state")
             self.step, self.consumed = state["step"], state["consumed"]
+        if self.streams:
+            left = (self.job.steps - self.step) * self.job.optim.accumulation
+            task: Any = self.task
+            self.feed = task.feed(self.rank, self.world, left, state.get("feed"), self.engine.device)
         if self.rank == 0:
             keep_lines(self.metrics, self.step)
 
@@ -215,10 +235,11 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
     """Runs the stage on Ray Train; a run that was cut off goes on from its last checkpoint in ``work``.
 
     Args:
-        rows: Ray Dataset of records, handed whole to every worker.
+        rows: Ray Dataset of records, handed whole to every worker; None where ``job.rows`` is False.
 
     Raises:
-        TrainError: a worker failed more often than ``compute.max_failures`` allows.
+        DataError: a worker met a record that cannot be fed.
+        ray.train.TrainingFailedError: a worker failed more often than ``compute.max_failures`` allows.
     """
     import ray.train
     import ray.train.torch
@@ -240,7 +261,7 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
             placement_strategy="PACK" if cpus == job.compute.cpus_per_worker else "SPREAD",
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-        datasets={"train": rows},
+        datasets={"train": rows} if job.rows else {},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=job.stage,
@@ -250,4 +271,16 @@ def fit(job: TrainJob, rows: Any, work: Path) -> None:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _data_error(error) or error from None
+
+
+def _data_error(error: Exception) -> DataError | None:
+    """The error of the data that ended a worker, if it was one: the user's to mend, in one line."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        found = getattr(failure, "_base_exc", failure)
+        if isinstance(found, DataError):
+            return DataError(str(found))
+    return None

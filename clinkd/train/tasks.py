@@ -28,6 +28,7 @@ from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.ledger import Group
+from clinkd.train.pixels import load_processor
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class VqaSpec:
     gradient_checkpointing: bool = False
     coordinate_weight: float = 1.0
     scores: str | None = None  # the guide's scores, when the guidance wants them
+    min_pixels: int | None = None  # of a resized image; None: as the model's folder says
+    max_pixels: int | None = None
 
 
 class ImageStore:
@@ -104,17 +107,21 @@ class SupervisedTask:
     """Turns with their true answers; the teacher's task, and the base of the others."""
 
     def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        self.spec, self.zero3 = spec, zero_stage == 3
         path = collect(rows.iter_batches(batch_format="pyarrow", batch_size=256), scratch / "rows.arrow")
         self.table = open_table(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        self.processor = AutoImageProcessor.from_pretrained(spec.model)
+        self.prepare(spec, zero_stage)
         self.images = ImageStore(self.table, self.processor)
         self.ids = self.table.ids
         self.alignment = read_scores(spec.scores)
         self._encoded: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+
+    def prepare(self, spec: VqaSpec, zero_stage: int) -> None:
+        """Tokenizer and processor: what a task has wherever its samples come from."""
+        from transformers import AutoTokenizer
+
+        self.spec, self.zero3 = spec, zero_stage == 3
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         self.numbers = torch.tensor(
             [at for at, text in enumerate(tokens) if text.isascii() and text.isdigit()]
