@@ -189,7 +189,7 @@ def turns(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> tuple[Tu
     unions = {}
     for name, places in boxes.items():
         boxes[name], unions[name] = _apart(places)
-    result = []
+    result: list[Turn] = []
     for name, places in boxes.items():
         result.extend(locate_all(name, union) for union in unions[name])
         result.append(locate(name, places, name_first=bool(rng.random() < 0.5)))
