@@ -66,18 +66,18 @@ def parse_boxes(text: str, *, strict: bool = True) -> list[Box]:
 
 
 def _parse_span(span: str) -> Box:
-    match = _CORNERS.fullmatch(span.strip())
+    match, shown = _CORNERS.fullmatch(span.strip()), " ".join(span[:60].split())
     if match is None:
-        raise BoxError("box_nan" if _NOT_FINITE.search(span) else "box_broken", span[:60])
+        raise BoxError("box_nan" if _NOT_FINITE.search(span) else "box_broken", shown or "nothing in the box")
     if max(map(len, match.groups())) > 9:  # int() itself refuses numbers of thousands of digits
-        raise BoxError("box_out_of_range", f"{span[:60]}...")
+        raise BoxError("box_out_of_range", f"{shown}...")
     x1, y1, x2, y2 = (int(group) for group in match.groups())
     if min(x1, y1, x2, y2) < 0 or max(x1, y1, x2, y2) > GRID:
-        raise BoxError("box_out_of_range", span[:60])
+        raise BoxError("box_out_of_range", shown)
     if x1 > x2 or y1 > y2:
-        raise BoxError("box_inverted", span[:60])
+        raise BoxError("box_inverted", shown)
     if x1 == x2 or y1 == y2:
-        raise BoxError("box_empty", span[:60])
+        raise BoxError("box_empty", shown)
     return x1, y1, x2, y2
 
 

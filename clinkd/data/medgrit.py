@@ -7,6 +7,12 @@ Decisions:
 - Reading only routes: it finds the image, pairs questions with answers, and says where in the file it was.
   Texts are checked later, in parallel (``validate.check_turn``). What cannot even be routed comes out as an
   ``Entry`` with a reason.
+- ShareGPT as LLaMA-Factory documents it: a system prompt, as first message or as a column, is left out (the
+  prompt is the model's own template's); turns of tools and their results are refused, as are videos and
+  sounds; ``<image>`` marks, where there are any, have to be as many as the images.
+- All images stand in front of each question. ``<image>`` marks at its beginning or behind its last sentence
+  say no more than that; of several images, one inside a sentence becomes "image 2", or the sentence would
+  lose its object.
 - The images are ``images`` or ``image`` where given, else the text id + ``.png`` (the published evaluation's
   rule), else the name in ``<img>``; several ``<img>`` in a first question are several images.
 - A JSON array that breaks in the middle gives what stood before the break and one entry with
@@ -16,6 +22,7 @@ Decisions:
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -33,6 +40,11 @@ _LONGEST_LINE = 1 << 26
 """Bytes of a JSON line beyond which it is refused unread."""
 _QUESTIONERS = ("user", "human")
 _ANSWERERS = ("assistant", "gpt")
+_TOOLS = ("function_call", "function", "observation", "tool")
+_MARK = "<image>"
+# Marks at a question's beginning, or behind the end of its last sentence, and what stands between them.
+_AROUND = re.compile(r"((?:\s*<image>)*)(.*?)((?:(?<=[\n.?!>])[ \t]*<image>\s*)*)", re.S)
+_BOXED = re.compile(r"<box>|<\|box_start\|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +154,34 @@ def _array_in_memory(path: Path) -> Iterator[tuple[str, Any]]:
 def _entry(where: str, value: Any, task: str | None) -> Entry:
     if not isinstance(value, dict):
         return Entry(where, reason="invalid_record", detail=f"{type(value).__name__}, not an object")
-    talk = value.get("messages", value.get("conversations"))
-    if not isinstance(talk, list):
-        return Entry(
-            where,
-            _text(value.get("id")),
-            reason="invalid_record",
-            detail="no list of conversations or messages",
-        )
-    rows = max(1, _count(talk))
+    rows = 1
     try:
+        talk = _talk(value)
+        rows = max(1, _count(talk))
         pairs = _pairs(talk)
-        image, *more = _images(value, pairs)
-        check_name(_text(value.get("id")))
+        images = _images(value, pairs)
+        name = check_name(_text(value.get("id")).strip() or "+".join(map(_stem, images)))
     except RowError as error:
         return Entry(where, _text(value.get("id")), rows=rows, reason=error.code, detail=error.detail)
-    name = _text(value.get("id")) or re.sub(r"\.(png|jpe?g)$", "", image.rsplit("/", 1)[-1], flags=re.I)
     if not pairs:
-        return Entry(where, name, image, reason="no_turns", detail="no question")
-    return Entry(where, name, image, task, pairs, len(pairs), more=tuple(more))
+        return Entry(where, name, images[0], reason="no_turns", detail="no question")
+    if len(images) > 1:
+        pairs = _numbered(pairs)
+    return Entry(where, name, images[0], task, pairs, len(pairs), more=images[1:])
+
+
+def _talk(value: dict) -> list:
+    """The conversation of a record, whichever name it has."""
+    found = [value[key] for key in ("messages", "conversations") if value.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1]:
+        raise RowError("invalid_record", "messages and conversations that differ")
+    if not found or not isinstance(found[0], list):
+        raise RowError("invalid_record", "no list of conversations or messages")
+    return found[0]
+
+
+def _stem(image: str) -> str:
+    return re.sub(r"\.(png|jpe?g)$", "", image.rsplit("/", 1)[-1], flags=re.I)
 
 
 def _count(talk: list) -> int:
@@ -182,6 +203,9 @@ def _pairs(talk: list) -> tuple[tuple[Any, Any], ...]:
     said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in talk]
     if said and said[0][0] == "system":
         said = said[1:]
+    for role, _ in said:
+        if role in _TOOLS:
+            raise RowError("tool_turn", f"a message of {role!r}")
     if len(said) % 2:
         raise RowError("odd_turns", f"{len(said)} messages")
     for (asker, _), (answerer, _) in zip(said[::2], said[1::2], strict=True):
@@ -192,12 +216,16 @@ def _pairs(talk: list) -> tuple[tuple[Any, Any], ...]:
 
 def _images(value: dict, pairs: tuple[tuple[Any, Any], ...]) -> tuple[str, ...]:
     """The paths of a record's images, as the source spells them."""
-    given = value.get("images", value.get("image"))
+    for kind in ("videos", "video", "audios", "audio"):
+        if value.get(kind):
+            raise RowError("foreign_media", f"{kind}: only images are read")
+    given = value["images"] if value.get("images") is not None else value.get("image")
     if isinstance(given, list):
         if not all(isinstance(one, str) and one for one in given):
             raise RowError("invalid_record", "images that are not all names")
         if not given:
-            boxes = any(isinstance(text, str) and "box" in text for pair in pairs for text in pair)
+            _as_marked((), pairs)
+            boxes = any(isinstance(text, str) and _BOXED.search(text) for pair in pairs for text in pair)
             raise RowError("box_without_image" if boxes else "no_image", "images is an empty list")
         if len(given) > Limits.max_images:
             raise RowError("many_images", f"{len(given)} images, at most {Limits.max_images}")
@@ -216,7 +244,7 @@ def _images(value: dict, pairs: tuple[tuple[Any, Any], ...]) -> tuple[str, ...]:
         return _as_marked((name if name.lower().endswith(_SUFFIXES) else f"{name}.png",), pairs)
     if named:
         return (named[0].strip(),)
-    if _text(value.get("id")):
+    if _text(value.get("id")).strip():
         return (f"{_text(value['id'])}.png",)
     raise RowError("invalid_record", "neither id nor image")
 
@@ -226,7 +254,26 @@ def _as_marked(images: tuple[str, ...], pairs: tuple[tuple[Any, Any], ...]) -> t
 
     ShareGPT's readers put an image at each mark; here all stand before the first question.
     """
-    marks = sum(text.count("<image>") for pair in pairs for text in pair if isinstance(text, str))
+    if any(isinstance(answer, str) and _MARK in answer for _, answer in pairs):
+        raise RowError("image_marks", "an <image> mark in an answer")
+    marks = sum(question.count(_MARK) for question, _ in pairs if isinstance(question, str))
     if marks not in (0, len(images)):
         raise RowError("image_marks", f"{marks} <image> marks for {len(images)} images")
     return images
+
+
+def _numbered(pairs: tuple[tuple[Any, Any], ...]) -> tuple[tuple[Any, Any], ...]:
+    """Questions about several images whose ``<image>`` marks inside a sentence say which image they are."""
+    numbers = itertools.count(1)
+    found = []
+    for question, answer in pairs:
+        if isinstance(question, str) and (parts := _AROUND.fullmatch(question)):
+            before, text, after = parts.groups()
+            for _ in range(before.count(_MARK)):
+                next(numbers)
+            text = re.sub(_MARK, lambda _: f"image {next(numbers)}", text)
+            for _ in range(after.count(_MARK)):
+                next(numbers)
+            question = f"{before}{text}{after}"
+        found.append((question, answer))
+    return tuple(found)

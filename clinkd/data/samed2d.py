@@ -8,7 +8,8 @@ Decisions:
   3".
 - A mask's box is the box of all its foreground. Several masks of one class in an image are one VG question
   whose answer lists every box, left to right. Where one of three or more marks what the others mark together
-  (a union mask beside its instances), the instances are the answer: the union is no object of its own.
+  (a union mask beside its instances), the instances are the answer, and the union is no object of its own: it
+  answers a question of its own, where all of them are.
 - ROC is not asked about a box that two names share: it would have two answers.
 - Every mask is either a target or one row of the quarantine: wrong size, empty, inverted (background marked),
   full.
@@ -30,7 +31,7 @@ import numpy as np
 from clinkd import storage
 from clinkd.data.boxes import mask_box, pixels_to_grid
 from clinkd.data.records import MODALITY_NAMES, Box, Record, Turn, modality_of
-from clinkd.data.templates import caption, describe_scene, identify, locate
+from clinkd.data.templates import caption, describe_scene, identify, locate, locate_all
 from clinkd.data.validate import Folder, RowError
 
 INDEX = "SAMed2D_v1.json"
@@ -185,9 +186,12 @@ def turns(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> tuple[Tu
         owners.setdefault(box, set()).add(name)
         if box not in boxes.setdefault(name, []):
             boxes[name].append(box)
-    boxes = {name: _without_union(places) for name, places in boxes.items()}
-    result = []
+    unions = {}
     for name, places in boxes.items():
+        boxes[name], unions[name] = _apart(places)
+    result: list[Turn] = []
+    for name, places in boxes.items():
+        result.extend(locate_all(name, union) for union in unions[name])
         result.append(locate(name, places, name_first=bool(rng.random() < 0.5)))
         result.extend(identify(name, box) for box in places if len(owners[box]) == 1)
     distinct = [(name, box) for name, places in boxes.items() for box in places]
@@ -197,15 +201,15 @@ def turns(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> tuple[Tu
     return tuple(result)
 
 
-def _without_union(places: list[Box]) -> list[Box]:
-    """``places`` without the box that bounds the others, where there are at least two others."""
+def _apart(places: list[Box]) -> tuple[list[Box], list[Box]]:
+    """Instances, and the union mask's box: the one that bounds the others, where they are at least two."""
     for place in places:
         others = [other for other in places if other != place]
         if len(others) > 1:
             corners = list(zip(*others, strict=True))
             if place == (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])):
-                return others
-    return places
+                return others, [place]
+    return places, []
 
 
 def record(image: str, objects: Sequence[tuple[str, Box]], seed: int) -> Record:

@@ -34,6 +34,12 @@ def locate(name: str, boxes: Sequence[Box], *, name_first: bool) -> Turn:
     return Turn("vg", f"Please point out the {name}.", f"{where} shows the {name}.")
 
 
+def locate_all(name: str, union: Box) -> Turn:
+    """VG of a union mask: the one box that holds every instance of a name."""
+    question = f"Which region of the image holds every {name}?"
+    return Turn("vg", question, f"Every {name} lies within the {format_box(union)}.")
+
+
 def identify(name: str, box: Box) -> Turn:
     """ROC: what a box holds. Only the first letter is raised: "COVID-19 infection" keeps its capitals."""
     question = f"What anatomical structure or finding is present at the {format_box(box)}?"

@@ -6,7 +6,12 @@ Decisions:
 - A question/answer pair is checked alone: one bad turn does not take the image's other turns along. What is
   wrong with the image (missing, truncated, too large) takes all of them.
 - Nothing is repaired silently, except what every reader of Med-GRIT takes away: the ``Picture 1:
-  <img>..</img>`` prefix, ``<image>``, ``<ref>`` marks, and Qwen's spelling of ``<box>``.
+  <img>..</img>`` prefix, ``<image>``, ``<ref>`` marks, and Qwen's spelling of ``<box>``. A good box is
+  written in one way, without spaces, so that a model learns one.
+- What hides a box (another spelling of the mark, HTML's entities, corners without a mark) is refused: the
+  pair would pass as one without a box, and as another task.
+- Of characters without a width only the two joiners pass: Persian, Hindi and emoji are written with them. No
+  tag, no soft hyphen, nothing that turns the direction of text: it reads other than it is.
 - An image is decoded once, fully: a header alone does not show a truncated file. The size is read from the
   header before any pixel is decoded, so a decompression bomb costs nothing.
 """
@@ -26,8 +31,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from clinkd import storage
-from clinkd.data.boxes import BoxError, from_qwen, parse_boxes
-from clinkd.data.records import MODALITIES, TASKS, Turn, modality_of
+from clinkd.data.boxes import BoxError, format_box, from_qwen, parse_boxes
+from clinkd.data.records import MODALITIES, TASKS, Box, Turn, modality_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +50,8 @@ REASONS = {
     "no_image": "a record that says it has no image",
     "many_images": "a conversation about more images than the limit",
     "image_marks": "<image> marks whose number is not that of the images",
+    "foreign_media": "a video or a sound",
+    "tool_turn": "a message of a tool, or a call of one",
     "ambiguous_image": "two image files of one name in different folders",
     "unknown_modality": "an image name that begins with none of the eight modalities",
     "non_text": "a question or answer that is not text",
@@ -52,6 +59,7 @@ REASONS = {
     "too_long": "a question or answer longer than the limit",
     "control_characters": "NUL or other control characters, or Unicode line separators",
     "special_token": "text that the tokenizer would read as a control token",
+    "html_entity": "text of a web page: &lt;box&gt; for <box>",
     "invalid_utf8": "bytes or code points that are not UTF-8",
     "invalid_json": "a line or rest of a file that is not JSON",
     "invalid_record": "JSON that is not an object with an image and conversations",
@@ -81,11 +89,18 @@ REASONS = {
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PREFIX = re.compile(r"^(?:\s*(?:Picture \d+:\s*)?<img>[^<]*</img>[ \t]*\n?)+")
+_PREFIX = re.compile(r"^[ \t\r\n]*(?:(?:Picture \d+:[ \t]*)?<img>[^<]*</img>[ \t\r\n]*)+")
 _MARKS = re.compile(r"</?ref>|<\|object_ref_(?:start|end)\|>|<image>\n?")
-_SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|</?img>")
+_SPECIAL = re.compile(r"<\|\w+\|>|</?(?:img|ref|image|tool_call|tool_response)>")
+_MEDIA = re.compile(r"<(?:video|audio)>")
+_ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#[xX][0-9a-fA-F]{1,6});")
+_ODD_MARK = re.compile(r"[<＜]\s*/?\s*(?:b?box|bounding[ _-]?box)\s*/?\s*[>＞]", re.I)
+_NO_MARK = re.compile(r"[(（]\s*-?[\d.]+\s*[,，]\s*-?[\d.]+\s*[)）]\s*[,，]?\s*[(（]\s*-?[\d.]+\s*[,，]")
 # All controls but tab and line feed; line separators; what turns the direction of text or has no width.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u2069\ufeff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
+)
 _BOX = re.compile(r"<box>.*?</box>", re.S)
 _LONGEST_NAME = 1024
 FETCHED_AHEAD = 16
@@ -122,7 +137,8 @@ def clean_text(value: object, limits: Limits) -> str:
     """A question or answer as it is stored: marks stripped, ``<box>`` spelled Med-GRIT's way.
 
     Raises:
-        RowError: non_text, invalid_utf8, control_characters, too_long, special_token or empty_text.
+        RowError: non_text, invalid_utf8, control_characters, too_long, special_token, foreign_media,
+            html_entity or empty_text.
     """
     if not isinstance(value, str):
         raise RowError("non_text", f"{type(value).__name__}: {str(value)[:60]!r}")
@@ -139,9 +155,9 @@ def clean_text(value: object, limits: Limits) -> str:
     if control:
         raise RowError("control_characters", f"U+{ord(control.group()):04X} at character {control.start()}")
     text = text.strip()  # only now: stripping takes some control characters along
-    special = _SPECIAL.search(text)
-    if special:
-        raise RowError("special_token", special.group())
+    for code, pattern in (("special_token", _SPECIAL), ("foreign_media", _MEDIA), ("html_entity", _ENTITY)):
+        if found := pattern.search(text):
+            raise RowError(code, found.group()[:60])
     if not text:
         raise RowError("empty_text", "no text")
     return text
@@ -152,6 +168,23 @@ def infer_task(question: str, answer: str) -> str:
     if "<box>" in question:
         return "roc" if len(_BOX.sub(" ", answer).split()) <= 4 else "rc"
     return "vg" if "<box>" in answer else "mia"
+
+
+def _boxes(text: str) -> tuple[str, list[Box]]:
+    """``text`` with its boxes written the one way, and the boxes.
+
+    Raises:
+        BoxError: a bad box, or one that its marks do not show.
+    """
+    boxes = parse_boxes(text)
+    spelled = map(format_box, boxes)
+    text = _BOX.sub(lambda _: next(spelled), text)
+    rest = _BOX.sub(" ", text)
+    if found := _ODD_MARK.search(rest):
+        raise BoxError("box_broken", f"a mark spelled {found.group()[:40]}")
+    if found := _NO_MARK.search(rest):
+        raise BoxError("box_broken", f"corners without a mark: {found.group()[:40]}")
+    return text, boxes
 
 
 def check_turn(
@@ -172,7 +205,7 @@ def check_turn(
     """
     limits = limits or Limits()
     asked, answered = clean_text(question, limits), clean_text(answer, limits)
-    in_question, in_answer = parse_boxes(asked), parse_boxes(answered)
+    (asked, in_question), (answered, in_answer) = _boxes(asked), _boxes(answered)
     if images > 1 and (in_question or in_answer):
         raise RowError("box_ambiguous_image", f"{images} images")
     task = task or infer_task(asked, answered)

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from malformed import IMAGES, PAIRS, Corpus, write_corpus
+from malformed import IMAGES, PAIRS, RECORDS, TURNS, Corpus, write_corpus
 
-from clinkd.data import shards
+from clinkd.data import medgrit, shards
+from clinkd.data.boxes import BoxError
 from clinkd.data.prepare import prepare
-from clinkd.data.validate import REASONS
+from clinkd.data.validate import REASONS, RowError, check_turn, reason
 from clinkd.data.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -22,6 +23,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tup
     folder = tmp_path_factory.mktemp("malformed")
     corpus = write_corpus(folder)
     return folder / "out", corpus, prepare(corpus.path, folder / "out", images_per_shard=50)
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_each_kind_of_bad_pair_has_its_reason(kind: str) -> None:
+    code, question, answer = TURNS[kind]
+    with pytest.raises((RowError, BoxError)) as caught:
+        check_turn(question, answer)
+    assert reason(caught.value)[0] == code and code in REASONS
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize("name", ["qa.json", "qa.jsonl"])
+def test_each_kind_of_bad_record_is_one_pair_in_an_array_as_in_lines(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    code, record = RECORDS[kind]
+    text = json.dumps(record)
+    (tmp_path / name).write_text(text if name.endswith("l") else f"[{text}]")
+    (entry,) = medgrit.read(tmp_path / name)
+    assert entry.rows == 1 and (not entry.reason or entry.reason == code)
 
 
 def test_there_are_forty_kinds_and_a_thousand_good_pairs(prepared: tuple[Path, Corpus, dict]) -> None:

@@ -264,6 +264,22 @@ def test_a_mask_folder_adds_up_mask_by_mask(tmp_path: Path) -> None:
     assert manifest["images"] == 5
 
 
+def test_a_union_mask_is_a_target_like_its_instances(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    stem = "ct_00--D--p0--z_1"
+    Image.new("L", (64, 64)).save(tmp_path / "images" / f"{stem}.png")
+    pixels = np.zeros((3, 64, 64), np.uint8)
+    pixels[1, 8:16, 8:16] = pixels[2, 40:56, 40:60] = 255
+    pixels[0] = pixels[1] | pixels[2]
+    for instance, mask in enumerate(pixels):
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{stem}--0003_{instance:03d}.png")
+    manifest = prepare(tmp_path, tmp_path / "out")
+    adds_up(manifest, tmp_path / "out")
+    assert manifest["masks"] == {"in": 3, "targets": 3, "quarantined": 0}
+    assert manifest["by_task"] == {"vg": 2, "roc": 2, "rc": 1, "mia": 1}
+
+
 @pytest.fixture
 def real_smoke() -> Path:
     shared = Path(os.environ.get("CLINKD_SHARED", Path(__file__).parents[3] / "shared")) / "real-smoke"

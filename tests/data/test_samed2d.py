@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clinkd.data.boxes import parse_boxes
+from clinkd.data.boxes import format_box, parse_boxes
 from clinkd.data.samed2d import CLASSES, INDEX, class_names, is_folder, object_name, read, read_mask, record
 from clinkd.data.validate import Folder, Limits, RowError, check_turn
 
@@ -149,10 +149,17 @@ def test_instances_of_one_class_are_one_question_with_every_box() -> None:
     assert sum(turn.task == "roc" for turn in turns) == 2
 
 
-def test_a_union_mask_beside_its_instances_is_no_object_of_its_own() -> None:
+def test_a_union_mask_beside_its_instances_is_no_object_of_its_own_but_has_its_question() -> None:
     union = (LEFT[0], LEFT[1], RIGHT[2], RIGHT[3])
     turns = record(f"{STEM}.png", [("lung", union), ("lung", LEFT), ("lung", RIGHT)], seed=0).turns
-    assert [parse_boxes(turn.answer) for turn in turns if turn.task == "vg"] == [[LEFT, RIGHT]]
+    located, whole = sorted(
+        (turn for turn in turns if turn.task == "vg"), key=lambda turn: "every" in turn.question
+    )
+    assert parse_boxes(located.answer) == [LEFT, RIGHT] and parse_boxes(whole.answer) == [union]
+    assert whole.question == "Which region of the image holds every lung?"
+    scene, caption = turns[-1], turns[-2]
+    assert format_box(union) not in caption.question and scene.answer.count("lung") == 2  # listed, largest
+    assert all(check_turn(turn.question, turn.answer) == turn for turn in turns)
     assert {parse_boxes(turn.question)[0] for turn in turns if turn.task == "roc"} == {LEFT, RIGHT}
     named = [("lung", union), ("left lung", LEFT), ("right lung", RIGHT)]  # a class of its own has a name
     assert sum(turn.task == "vg" for turn in record(f"{STEM}.png", named, seed=0).turns) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -135,6 +136,60 @@ def test_any_text_is_cleaned_once_and_for_all_or_refused(text: str) -> None:
 )
 def test_boxes_have_to_be_there_and_good(question: str, answer: str, task: str | None, code: str) -> None:
     assert code_of(check_turn, question, answer, task) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ("<box> ( 1 , 2 ) ,\n(3,4) </box>", BOX),
+        ("<box>(01,002),(3,4)</box>", BOX),
+        ("<box>(1,\u00a02),(3,4)</box>", BOX),
+        (f"{BOX} and <box>(5,6), (7,8)</box>", f"{BOX} and <box>(5,6),(7,8)</box>"),
+        ("<|box_start|>(1,2),(3,4)<|box_end|>", BOX),
+    ],
+)
+def test_a_box_is_stored_in_one_spelling(text: str, stored: str) -> None:
+    assert check_turn("Where?", f"At {text}.").answer == f"At {stored}."
+    assert check_turn(f"What is at {text}?", "Liver").question == f"What is at {stored}?"
+
+
+@given(st.lists(st.sampled_from(["<box>", "</box>", "(1,2)", ",", "(3,4)", "a", " ", "\n", "&lt;", "<Box>"])))
+def test_no_text_around_boxes_passes_with_one_that_is_not_read(parts: list[str]) -> None:
+    try:
+        turn = check_turn("Where?", "".join(parts))
+    except (RowError, BoxError):
+        return
+    assert turn.answer.count("<box>") == turn.answer.count("</box>") == turn.answer.count(BOX)
+    assert "(1,2),(3,4)" not in turn.answer.replace(BOX, "") and "<Box>" not in turn.answer
+    assert check_turn("Where?", turn.answer) == turn
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0645\u06cc\u200c\u0631\u0648\u062f",  # Persian, with a joiner that is spelling
+        "T2 & FLAIR; AT&T",
+        "a < b & c > d",
+        "12\u00a0mm \u2026 \u00b5m\u00b2",
+        "segments (4, 5) and (6, 7)",
+        "a bounding box, a [box] and a box",
+        "levels L1/L2\tL3",
+    ],
+)
+def test_what_only_looks_odd_passes(text: str) -> None:
+    assert check_turn("What?", text).answer == text
+
+
+def test_a_text_of_many_marks_takes_no_long_time() -> None:
+    """Each of these would take minutes where a pattern goes back over what it has read."""
+    for text in (
+        "<img></img>" + " " * 200_000 + "x",
+        "<box>" * 1_500,
+        "(1," * 2_500,
+        "<image>" * 30_000 + "x",
+    ):
+        with contextlib.suppress(RowError, BoxError):
+            check_turn(text, "a")
 
 
 def test_contradictions_are_of_vg_and_roc_only() -> None:
