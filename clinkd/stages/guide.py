@@ -32,7 +32,7 @@ def guide(run: Run) -> Artifact:
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make)
+    return run.stage("guide", ["prepare"], settings, make, version=2)
 
 
 def _train(run: Run, draft: Draft) -> dict[str, Any]:
