@@ -32,6 +32,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from clinkd import storage
+
 MARKER, WORK, ATTEMPTS = "artifact.json", "work", ".attempts.jsonl"
 UNFINISHED = ".artifact.json.tmp"
 PACKAGES = ("clinkd", "torch", "transformers", "deepspeed", "ray", "pyarrow", "numpy")
@@ -69,7 +71,9 @@ class Artifact:
     def verify(self) -> list[str]:
         """Reads every byte: the files whose content is not what was committed."""
         return [
-            name for name, (_, digest) in self.meta["files"].items() if _sha256(self.path / name) != digest
+            name
+            for name, (_, digest) in self.meta["files"].items()
+            if storage.sha256(self.path / name) != digest
         ]
 
 
@@ -276,7 +280,7 @@ def _listing(path: Path) -> dict[str, list[Any]]:
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         if file.is_file() and relative.parts[0] not in (WORK, MARKER, ATTEMPTS, UNFINISHED):
-            files[relative.as_posix()] = [file.stat().st_size, _sha256(file)]
+            files[relative.as_posix()] = [file.stat().st_size, storage.sha256(file)]
     return files
 
 
@@ -299,14 +303,6 @@ def _seconds_before(path: Path) -> float:
         with (path / ATTEMPTS).open("a") as file:
             file.write("\n" + json.dumps({"ended": max(begun, newest)}) + "\n")
     return total
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 Decisions:
 - Unknown keys are refused; *all* errors of a file are listed at once, with path and nearest known key.
-- YAML 1.1 reads ``5e-5`` as a string; the loader here reads it as the number that was meant.
 - A section knows which stage it matters to: fingerprints are taken from sections, never from the whole file.
 """
 
@@ -10,16 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A user's mistake: one or more lines of what, where and what to do."""
+from clinkd.reading import ConfigError, merge, read_value, read_yaml
 
 
 class Section(BaseModel):
@@ -313,30 +309,6 @@ class RunConfig(Section):
     sweep: SweepSection = SweepSection()
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-5 and 1e3 as numbers, as YAML 1.2 does."""
-
-
-_EXPONENT = re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-
-
-def read_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{where}: a configuration is a mapping of sections, this is a {type(value).__name__}"
-        )
-    return value
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a YAML file and lays ``a.b=c`` overrides over it.
 
@@ -364,15 +336,6 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return merge(_read_with_base(target, (*seen, path.resolve())), values)
 
 
-def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``under``, mappings merged key by key (``sweep.space`` too)."""
-    result = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result
-
-
 def check_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
@@ -392,7 +355,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written section.key=value")
-    _set(values, key, yaml.load(text, Loader=_Loader) if text else None)
+    _set(values, key, read_value(text))
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

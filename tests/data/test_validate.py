@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from malformed import bomb
 from PIL import Image
 
 from clinkd.data.boxes import BoxError
@@ -219,16 +218,6 @@ def noise() -> bytes:
     return buffer.getvalue()
 
 
-def giant_header() -> bytes:
-    """A PNG of a hundred bytes that claims 60,000 x 60,000 pixels."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
-
-
 BAD_FILES = {
     "zero_byte": b"",
     "unreadable_image": b"GIF89a not an image",
@@ -239,7 +228,7 @@ BAD_FILES = {
     "truncated:signature": noise()[:20],
     "truncated:end": noise()[:-12],
     "truncated:jpeg": png("RGB", (64, 64), "JPEG")[:-200],
-    "bomb": giant_header(),
+    "bomb": bomb(),
     "bomb:decodable": png("1", (9000, 9000)),
     "bad_mode": png("I;16"),
     "bad_mode:cmyk": png("CMYK", form="JPEG"),

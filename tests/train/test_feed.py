@@ -15,7 +15,7 @@ from PIL import Image
 from clinkd.data.feed import Asked, FeedError, Resources, Shards, build_index, run_job
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.plan import PlanOptions
-from clinkd.data.shards import iter_rows, samples, schema
+from clinkd.data.shards import iter_rows, schema
 from clinkd.model.chat import encode
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.batches import BatchSpec, batch_maker
@@ -33,16 +33,6 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
     prepare(PhantomSpec(images=40), out, test_fraction=0.3, images_per_shard=8)
     return out
-
-
-@pytest.fixture(scope="module")
-def start(prepared, tmp_path_factory) -> Path:
-    from clinkd.data.boxes import to_qwen
-    from clinkd.model.presets import TinySize, write_new_model
-
-    texts = [to_qwen(item[key]) for item in samples(prepared) for key in ("question", "answer")]
-    size = TinySize(hidden=64, layers=2, heads=2, mlp=128, vision_hidden=32, vision_layers=1, patch=14)
-    return write_new_model(texts, size, tmp_path_factory.mktemp("start"), vocab_size=600, seed=0)
 
 
 def spec_of(prepared: Path, start: Path, folder: Path, options: PlanOptions, **batch) -> StreamSpec:

@@ -20,17 +20,6 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def start(prepared, tmp_path_factory) -> Path:
-    from clinkd.data.boxes import to_qwen
-    from clinkd.data.shards import samples
-    from clinkd.model.presets import TinySize, write_new_model
-
-    texts = [to_qwen(item[key]) for item in samples(prepared) for key in ("question", "answer")]
-    size = TinySize(hidden=64, layers=2, heads=2, mlp=128, vision_hidden=32, vision_layers=1, patch=14)
-    return write_new_model(texts, size, tmp_path_factory.mktemp("start"), vocab_size=600, seed=0)
-
-
 def train(prepared: Path, start: Path, out: Path, zero: int) -> list[float]:
     import ray.data
 
