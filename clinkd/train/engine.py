@@ -3,6 +3,9 @@
 Decisions:
 - What a user lays in with ``compute.deepspeed: FILE`` is the base; keys that our configuration decides win.
 - On CPU the optimiser is torch's AdamW: DeepSpeed's own wants to compile one first, for nothing at this size.
+- On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
+  behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
+  which goes with its process: whoever holds it takes a left file away.
 - The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
 """
 
@@ -90,6 +93,21 @@ def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
     return [{"params": group, "lr": rate} for group, rate in rates if group]
 
 
+def load_collectives() -> None:
+    """DeepSpeed's shared-memory collectives for CPUs, compiled if need be; see above."""
+    import fcntl
+
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
+    with (folder / "clinkd.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        build_shm_op()
+
+
 def start_engine(
     module: Any,
     optim: OptimSection,
@@ -103,6 +121,8 @@ def start_engine(
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
+    if compute.gpus_per_worker == 0:
+        load_collectives()
     curve: Callable[[int], float] = lambda step: learning_rate(step, total, optim)  # noqa: E731
     engine, *_ = deepspeed.initialize(
         model=module,

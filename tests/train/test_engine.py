@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,17 @@ def test_a_file_that_is_no_json_object_is_a_users_mistake(tmp_path: Path, text: 
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=r"compute\.deepspeed"):
         deepspeed_config(OptimSection(), ComputeSection(deepspeed=str(tmp_path / "ds.json")), 0)
+
+
+@pytest.mark.slow
+def test_a_lock_file_that_a_killed_process_left_holds_nobody_up() -> None:
+    program = (
+        "import os; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
+        "from torch.utils.cpp_extension import _get_build_directory\n"
+        "from clinkd.train.engine import load_collectives\n"
+        "from pathlib import Path\n"
+        "Path(_get_build_directory('deepspeed_shm_comm', False), 'lock').touch()\n"
+        "load_collectives(); print('loaded')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "loaded" in done.stdout, done.stderr[-1000:]
