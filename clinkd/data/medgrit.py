@@ -38,6 +38,8 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 _BUFFER = 1 << 20
 _LONGEST_LINE = 1 << 26
 """Bytes of a JSON line beyond which it is refused unread."""
+_DEEPEST = 64
+"""Brackets within brackets of a JSON array's records beyond which the file is refused from there on."""
 _QUESTIONERS = ("user", "human")
 _ANSWERERS = ("assistant", "gpt")
 _TOOLS = ("function_call", "function", "observation", "tool")
@@ -128,7 +130,8 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         if file.read(3) != b"\xef\xbb\xbf":
             file.seek(0)
         try:
-            for value in ijson.items(file, "item", use_float=True):
+            events = _shallow(ijson.basic_parse(file, use_float=True), ijson.JSONError)
+            for value in ijson.items(ijson.parse(events), "item"):
                 yield f"{path.name}[{index}]", value
                 index += 1
         except (ijson.JSONError, UnicodeDecodeError) as error:
@@ -139,12 +142,25 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path.name}[{index}]", RowError(code, f"the file breaks here: {text}")
 
 
+def _shallow(events: Any, error: type[Exception]) -> Iterator[tuple[str, Any]]:
+    """JSON events as they come, up to a depth: 100,000 brackets would take all memory there is."""
+    depth = 0
+    for kind, value in events:
+        if kind in ("start_map", "start_array"):
+            depth += 1
+            if depth > _DEEPEST:
+                raise error(f"nested more than {_DEEPEST} deep")
+        elif kind in ("end_map", "end_array"):
+            depth -= 1
+        yield kind, value
+
+
 def _array_in_memory(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         yield f"{path.name}[0]", RowError("invalid_utf8", f"byte {error.start} of the file")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         yield f"{path.name}[0]", RowError("invalid_json", str(error)[:200])
     else:
         for index, value in enumerate(values if isinstance(values, list) else [values]):

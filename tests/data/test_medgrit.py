@@ -266,3 +266,16 @@ def test_an_empty_file_has_nothing_to_give(tmp_path: Path) -> None:
 )
 def test_a_file_may_name_its_task(name: str, task: str | None) -> None:
     assert task_of_file(Path(name)) == task
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_nesting_bomb_is_a_file_that_breaks(
+    tmp_path: Path, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not streams:
+        monkeypatch.setitem(sys.modules, "ijson", None)
+    good = json.dumps({"id": "ct_1", "conversations": [["q", "a"]]})
+    path = tmp_path / "qa.json"
+    path.write_text(f"[{good}, " + "[" * 100_000)
+    *before, last = read(path)
+    assert last.reason == "invalid_json" and [entry.id for entry in before] == (["ct_1"] if streams else [])
