@@ -76,6 +76,7 @@ def prepare(
     if not 0 <= test_fraction < 1:
         raise DataError(f"a test fraction of {test_fraction}: it has to be at least 0 and below 1")
     found, out = find_source(source, images), storage.absolute(storage.locate(out))
+    _keep_apart(found, out)
     work = _begin(out, dry)
     driver = parts.Tally()
     base = {
@@ -105,6 +106,17 @@ def prepare(
     manifest["shards"] = sorted(writing, key=lambda shard: shard["name"])
     _commit(manifest, out)
     return manifest
+
+
+def _keep_apart(source: Source, out: Path) -> None:
+    """Refuses an output that would be written over what is read: a killed run would leave neither."""
+    read = [file.parent for file in source.files]
+    if source.kind == "parquet":
+        read = [folder.parent for folder in read]  # of its shards
+    elif source.kind == "samed2d":
+        read = [source.root]
+    if str(out.resolve()) in {str(storage.absolute(folder).resolve()) for folder in read}:
+        raise DataError(f"{out} holds the source: give --out a folder of its own")
 
 
 def _begin(out: Path, dry: bool) -> Path:

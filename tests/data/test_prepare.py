@@ -92,14 +92,33 @@ def test_nothing_but_the_artifacts_stays(prepared: Path) -> None:
 
 
 def test_a_broken_run_leaves_no_manifest(prepared: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text((prepared / "manifest.json").read_text())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text((prepared / "manifest.json").read_text())
     with pytest.raises(DataError):
         empty = tmp_path / "qa.json"
         (tmp_path / "images").mkdir()
         empty.write_text("[]")
-        prepare(empty, tmp_path)
+        prepare(empty, out)
     with pytest.raises(DataError, match="no prepared data"):
-        shards.read_manifest(tmp_path)
+        shards.read_manifest(out)
+
+
+def test_nothing_is_written_over_its_own_source(prepared: Path, tmp_path: Path) -> None:
+    write_source(PhantomSpec(4, 64), tmp_path / "lab")
+    (tmp_path / "link").symlink_to(prepared)
+    before = (prepared / "manifest.json").read_bytes()
+    for source, out in [
+        (prepared, prepared),
+        (prepared, tmp_path / "link"),
+        (shards.shard_paths(prepared)[0], prepared),
+        (tmp_path / "lab", tmp_path / "lab"),
+        (tmp_path / "lab" / "medgrit.json", tmp_path / "lab"),
+    ]:
+        with pytest.raises(DataError, match="holds the source"):
+            prepare(source, out)
+    assert (prepared / "manifest.json").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "lab")) == ["images", "medgrit.json"]
 
 
 def test_progress_is_told(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
-from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import (
     ClinKDForConditionalGeneration,
@@ -25,14 +24,6 @@ from clinkd.model.rope import RopeGuidance
 torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=3, mlp=96, vision_hidden=32, vision_layers=2, image_size=48)
 GUIDED = RopeGuidance(1.5, 2.25, 0.3, 0.7, 0.8, "pair")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    records = [draw(PhantomSpec(4), index)[1] for index in range(4)]
-    texts = [text for record in records for turn in record.turns for text in (turn.question, turn.answer)]
-    out = presets.train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), 400)
-    return AutoTokenizer.from_pretrained(out)
 
 
 def make(tokenizer, guidance=RopeGuidance()):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import new_model
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
@@ -28,14 +26,6 @@ GUIDANCES = {
     "lambda 2": RopeGuidance(2.0, 2.0),
     "pair": RopeGuidance(1.5, 2.25, 0.3, 0.7, 0.8, "pair"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    records = [draw(PhantomSpec(4), index)[1] for index in range(4)]
-    texts = [text for record in records for turn in record.turns for text in (turn.question, turn.answer)]
-    out = presets.train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), 400)
-    return AutoTokenizer.from_pretrained(out)
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import new_model
 from clinkd.model.generate import generate_answers
@@ -16,14 +14,6 @@ torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=2, mlp=96, vision_hidden=32, vision_layers=1, image_size=48)
 QUESTIONS = ["Where is the liver?", "What is at <box>(10,20),(300,400)</box> in it?", "Describe it."]
 RELEVANT = torch.linspace(0, 1, 18)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    records = [draw(PhantomSpec(4), index)[1] for index in range(4)]
-    texts = [text for record in records for turn in record.turns for text in (turn.question, turn.answer)]
-    out = presets.train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), 400)
-    return AutoTokenizer.from_pretrained(out)
 
 
 @pytest.fixture(scope="module")
