@@ -56,7 +56,7 @@ class Labeller:
         self.model: Any = load_model(spec.model)
         self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        self.processor = AutoImageProcessor.from_pretrained(spec.model)
+        self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's batch of records to one row per sample."""

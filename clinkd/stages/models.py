@@ -59,7 +59,7 @@ def student_start(run: Run, draft: Draft) -> Path:
         taught = teacher_folder(run)
         student = student_from_teacher(load_model(taught), model.tiny.layers, model.tiny.mlp)
         tokenizer = AutoTokenizer.from_pretrained(taught)
-        save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught), folder)
+        save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught, backend="pil"), folder)
     return folder
 
 

@@ -33,7 +33,7 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     """
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(path)
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
     if min_pixels is not None:
         size["shortest_edge"] = min_pixels
@@ -46,7 +46,7 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
             f"model.min_pixels {size['shortest_edge']} is above model.max_pixels {size['longest_edge']} "
             f"(what is not configured comes from {path}/preprocessor_config.json)"
         )
-    return AutoImageProcessor.from_pretrained(path, size=size)
+    return AutoImageProcessor.from_pretrained(path, size=size, backend="pil")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cpu_torchvision import make_importable
+
+make_importable()  # before transformers, which imports torchvision wherever it is installed
 
 
 @pytest.fixture(scope="module")
