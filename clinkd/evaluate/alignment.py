@@ -16,10 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from clinkd.data.records import sample_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from clinkd.model.guide import Calibration
+
+MOST_FITTED = 1_000_000  # patches that the calibration is fitted on
 
 
 @dataclass(frozen=True)
@@ -150,3 +156,53 @@ def score(
         Scorer, fn_constructor_args=(spec,), batch_size=batch,
         compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
     ).iter_batches(batch_format="pyarrow", batch_size=4096)  # fmt: skip
+
+
+def of_split(table: pa.Table, split: str) -> pa.Table:
+    import pyarrow.compute as pc
+
+    return table.filter(pc.equal(table.column("split"), split))
+
+
+def pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of questions with their own images and with another record's, and which are which."""
+    own, other = (table.column(key).drop_null().to_numpy() for key in ("own", "other"))
+    return np.concatenate([own, other]), np.repeat([True, False], [len(own), len(other)])
+
+
+def patches(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of patches, and whether the question is about them, where a box says it."""
+    import pyarrow.compute as pc
+
+    boxed = table.filter(pc.is_valid(table.column("shown")))
+    logits, shown = (
+        pc.list_flatten(boxed.column(key)).to_numpy(zero_copy_only=False) for key in ("patches", "shown")
+    )
+    return logits, shown.astype(bool)
+
+
+def auc(logits: np.ndarray, match: np.ndarray) -> float | None:
+    """Area under the ROC curve: how often a match has the larger logit; None without both kinds."""
+    from scipy.stats import rankdata
+
+    hits = int(match.sum())
+    if not 0 < hits < len(match):
+        return None
+    ranks = rankdata(logits)[match].sum()
+    return float((ranks - hits * (hits + 1) / 2) / (hits * (len(match) - hits)))
+
+
+def calibrate(table: pa.Table) -> Calibration:
+    """Fitted on the training split; patches without one box to learn from take the images' own."""
+    import torch
+
+    from clinkd.model.guide import Calibration, fit_calibration
+
+    train = of_split(table, "train")
+    logits, match = pairs(train)
+    pair = fit_calibration(torch.tensor(logits), torch.tensor(match))
+    logits, shown = patches(train)
+    if not shown.any():
+        return Calibration(*pair, *pair)
+    chosen = np.random.default_rng(0).permutation(len(logits))[:MOST_FITTED]
+    return Calibration(*pair, *fit_calibration(torch.tensor(logits[chosen]), torch.tensor(shown[chosen])))

@@ -10,6 +10,7 @@ Decisions:
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from clinkd.model.guide import Calibration
 
 RETRIEVAL = "retrieval.json"
-MOST_FITTED = 1_000_000  # patches that the calibration is fitted on
 
 
 def guide(run: Run) -> Artifact:
@@ -77,7 +77,7 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
 
     from clinkd.data.ingest import read_records
     from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import ScoreSpec, score
+    from clinkd.evaluate.alignment import ScoreSpec, auc, calibrate, of_split, pairs, patches, score
 
     data = run.done["prepare"].path
     total = sum(1 for _ in samples(data))
@@ -94,37 +94,17 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
         done += len(table)
         run.progress.update(done, record=False)
     whole = pa.concat_tables(tables).sort_by("sample")
-    calibration = _calibrate(whole)
+    calibration = calibrate(whole)
     _write_scores(whole, calibration, draft.path)
     regions = sum(whole.column("regions").to_pylist())
+    tested = of_split(whole, "test")
     found = {
         "retrieval_at_1": sum(whole.column("right").to_pylist()) / regions if regions else None,
         "chance": 1 / len(names) if names else None, "regions": regions,
-        "temperature": calibration.temperature, "bias": calibration.bias,
+        "pair_auc": auc(*pairs(tested)), "patch_auc": auc(*patches(tested)), **asdict(calibration),
     }  # fmt: skip
     run.progress.finish(retrieval_at_1=found["retrieval_at_1"], chance=found["chance"])
     return found, calibration
-
-
-def _calibrate(table: pa.Table) -> Calibration:
-    """Fitted on the training split; patches without one box to learn from take the images' own."""
-    import numpy as np
-    import pyarrow.compute as pc
-    import torch
-
-    from clinkd.model.guide import Calibration, fit_calibration
-
-    train = table.filter(pc.equal(table.column("split"), "train"))
-    own, other = (torch.tensor(train.column(key).drop_null().to_numpy()) for key in ("own", "other"))
-    match = torch.cat([torch.ones_like(own), torch.zeros_like(other)])
-    pair = fit_calibration(torch.cat([own, other]), match)
-    boxed = train.filter(pc.is_valid(train.column("shown")))
-    if not len(boxed):
-        return Calibration(*pair, *pair)
-    logits, shown = (pc.list_flatten(boxed.column(key)).to_numpy() for key in ("patches", "shown"))
-    chosen = np.random.default_rng(0).permutation(len(logits))[:MOST_FITTED]
-    patch = fit_calibration(torch.tensor(logits[chosen]), torch.tensor(shown[chosen]))
-    return Calibration(*pair, *patch)
 
 
 def _write_scores(table: pa.Table, calibration: Calibration, folder: Path) -> None:
