@@ -3,6 +3,7 @@
 Decisions:
 - A teacher made here starts where the guide that is trained here ends, so that one is trained for it even
   where another encoder scores.
+- Nobody asks a guide of a run without guidance whose teacher is given: it would cost that teacher's tower.
 - Logits are kept until all are there: the calibration is fitted on the training split, then one pass over
   the logits makes the scores. The encoder sees each image once.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import OptimSection
 from clinkd.stages.base import Run, content_digest, write_whole
-from clinkd.stages.models import pixel_limits, start_model, teacher_rope, vqa_spec
+from clinkd.stages.models import guidance, pixel_limits, start_model, teacher_rope, vqa_spec
 from clinkd.stages.training import train
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ RETRIEVAL = "retrieval.json"
 def guide(run: Run) -> Artifact:
     """The guide (model/guide.py), its scores, and the folder in which the teacher starts."""
     config = run.config
+    if config.teacher.path is not None and guidance(config.rope).guided == "none":
+        return run.stage("guide", [], {"guide": None}, _none)
     settings = {
         "guide": config.guide.model_dump(exclude=None if config.guide.path else {"path"}),
         "teacher": config.teacher.tiny.model_dump(),
@@ -56,6 +59,11 @@ def guide(run: Run) -> Artifact:
         return counts | retrieval
 
     return run.stage("guide", ["prepare"], settings, make, version=3)
+
+
+def _none(draft: Draft) -> dict[str, Any]:
+    write_whole(draft.path / RETRIEVAL, "{}")
+    return {}
 
 
 def _train(run: Run, draft: Draft) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
 from clinkd.stages.base import Run, write_whole
+from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
 
 GUIDE = "guide"  # the guide's folder in the kept model's
@@ -114,6 +115,7 @@ def report(run: Run) -> Path:
         ),
         feedback=_feedback(run),
         guide=json.loads((run.done["guide"].path / "retrieval.json").read_text()),
+        guide_samples=guide_samples(run),
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),
