@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -74,21 +75,21 @@ def test_a_guided_model_answers_with_scores_made_on_the_fly_as_with_stored_ones(
 
 
 def test_pair_and_patch_guidance_each_place_images_differently(finished: Path) -> None:
-    """A run of each mode on what the first one built; positions of the test split's questions."""
-    found = {}
-    for mode in ("none", "pair", "patch"):
-        wanted = [*SMALL, f"run.name={mode}", f"rope.mode={mode}", "reflect.rounds=0", "rope.gamma=1.5"]
-        done = clinkd(finished, "run", str(CONFIG), *wanted)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("skipped") == 4  # prepare, guide, teacher, label
-        found[mode] = positions(finished / "runs", mode)
-    for one, other in (("none", "pair"), ("none", "patch"), ("pair", "patch")):
-        differ = [not torch.equal(*both) for both in zip(found[one], found[other], strict=True)]
-        assert sum(differ) > 0.9 * len(differ) > 10, (one, other)
+    """Positions of the test split's questions, in the run by pair and in one by patch on what it built."""
+    wanted = [*SMALL, "run.name=patch", "rope.mode=patch", "reflect.rounds=0"]
+    done = clinkd(finished, "run", str(CONFIG), *wanted)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skipped") == 4  # prepare, guide, teacher, label
+    none, pair = positions(finished / "runs", "tiny", "pair")
+    same, patch = positions(finished / "runs", "patch", "patch")
+    assert all(torch.equal(*both) for both in zip(none, same, strict=True))
+    for one, other in ((none, pair), (none, patch), (pair, patch)):
+        differ = [not torch.equal(*both) for both in zip(one, other, strict=True)]
+        assert sum(differ) > 0.9 * len(differ) > 10
 
 
-def positions(runs: Path, name: str) -> list[torch.Tensor]:
-    """[3, L] of every question of the test split, as the kept model and the guide's scores have them."""
+def positions(runs: Path, name: str, mode: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """[3, L] of the test questions: without guidance, and as the run's model and scores have them."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from clinkd.data.ingest import decode
@@ -105,17 +106,19 @@ def positions(runs: Path, name: str) -> list[torch.Tensor]:
         next(path for path in (runs / "artifacts").glob(f"{stage}-*") if path.is_dir())
         for stage in ("prepare", "guide")
     )
-    scores, guided = Scores(guide / FILE), guidance_of(model.config).guided
-    assert guided == name and ("guide" in {path.name for path in folder.iterdir()}) == (name != "none")
-    found = []
+    scores, guided = Scores(guide / FILE), guidance_of(model.config)
+    assert guided.guided == mode
+    found: tuple[list, list] = ([], [])
     for row in iter_rows(data, "test"):
         grid = processor(images=[decode(row["png"])], return_tensors="pt")["image_grid_thw"]
         for number, turn in enumerate(row["turns"]):
             prompt, _ = encode(tokenizer, turn["question"], "", int(grid.prod()) // 4)
             score = scores[f"{row['id']}#{number}"]
-            inputs = guide_inputs(guided, [score], [merged_grids(grid, 2)])
-            placed, _ = model.model.get_rope_index(torch.tensor([prompt]), image_grid_thw=grid, **inputs)
-            found.append(placed[:, 0])
+            inputs = guide_inputs(mode, [score], [merged_grids(grid, 2)])
+            for guidance, places in zip((replace(guided, mode="none"), guided), found, strict=True):
+                model.config.rope_guidance = asdict(guidance)
+                placed, _ = model.model.get_rope_index(torch.tensor([prompt]), image_grid_thw=grid, **inputs)
+                places.append(placed[:, 0])
     return found
 
 
@@ -139,22 +142,25 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: s
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_killed_in_the_middle_of_distillation_it_goes_on(tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None:
     """kill -9 of the driver and all it started; the same command resumes from the last checkpoint."""
-    arguments = ["run", str(CONFIG), *SMALL, "distill.optim.steps=40", "reflect.rounds=0"]
+    changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0"]
+    arguments = ["run", str(CONFIG), *SMALL, *changes]
+    before = set((finished / "runs" / "artifacts").glob("distill-*"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     first = subprocess.Popen(
-        [sys.executable, "-m", "clinkd", *arguments], cwd=tmp_path, env=environment, start_new_session=True,
+        [sys.executable, "-m", "clinkd", *arguments], cwd=finished, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    reached = wait_for_step(tmp_path / "runs" / "artifacts", 10, first)
+    reached = wait_for_step(finished / "runs" / "artifacts", 10, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert reached < 40
 
-    done = clinkd(tmp_path, *arguments)
+    done = clinkd(finished, *arguments)
     assert done.returncode == 0, done.stderr
-    metrics = next((tmp_path / "runs" / "artifacts").glob("distill-*/metrics.jsonl"))
+    made = set((finished / "runs" / "artifacts").glob("distill-*")) - before
+    metrics = next(path for path in made if path.is_dir()) / "metrics.jsonl"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 41))  # none twice, none missing
     assert "skipped teacher" in done.stderr and "skipped distill" not in done.stderr
