@@ -146,6 +146,9 @@ def predict(
     split: str = typer.Option("test", help="train or test."),
     batch_size: int = typer.Option(64, min=1),
     max_new_tokens: int = typer.Option(64, min=1),
+    guide: Path | None = typer.Option(
+        None, help="Guide that scores the questions of a guided model; default: the checkpoint's own."
+    ),
     endpoint_url: str | None = typer.Option(None, "--endpoint-url", help=cli_data.ENDPOINT_HELP),
 ) -> None:
     """Answer prepared questions with a checkpoint.
@@ -160,7 +163,7 @@ def predict(
         raise ConfigError(f"--checkpoint: {checkpoint} holds no config.json; give a model's folder")
     storage.configure(endpoint_url)
     with cli_data.connected():
-        count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens)
+        count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens, guide)
     typer.echo(f"{count} answers: {out}")
 
 

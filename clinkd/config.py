@@ -162,11 +162,21 @@ class RopeSection(Section):
     alpha_h: float = Field(1.0, gt=0)
     alpha_w: float = Field(1.0, gt=0)
     gamma: float = Field(0.0, ge=0, description="strength of the Med-CLIP guidance; 0 switches it off")
-    mode: Literal["none", "pair"] = "pair"
+    mode: Literal["none", "pair", "patch"] = Field(
+        "pair",
+        description="what gamma guides: pair: images that do not fit their question stand further from its "
+        "text; patch: rows and columns that the question is about are stretched; none: nothing",
+    )
 
 
 class GuideSection(Section):
-    """The Med-CLIP guide that is trained on (region, phrase) pairs and scores (image, question) pairs."""
+    """The Med-CLIP guide that scores (image, question) pairs and patches."""
+
+    path: str | None = Field(
+        None,
+        description="folder of an encoder to score with: CLIP, SigLIP, or an open_clip checkpoint such as "
+        "BiomedCLIP; none: the guide that is trained here on (region, phrase) pairs",
+    )
 
     steps: int = Field(400, ge=1)
     batch_size: int = Field(16, ge=1, description="images per step over all workers")

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
@@ -29,25 +32,98 @@ def clinkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_run_trains_distils_evaluates_reports_and_then_skips(tmp_path: Path) -> None:
-    done = clinkd(tmp_path, "run", str(CONFIG), *SMALL)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, guided by pair."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = clinkd(folder, "run", str(CONFIG), *SMALL)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "tiny"
+    return folder
+
+
+def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> None:
+    run = finished / "runs" / "tiny"
     result = json.loads((run / "eval.json").read_text())
     for task, key in (("vg", "recall_at_50"), ("roc", "recall")):
         assert 0 <= result[task]["mean"][key] <= 1 and len(result[task]["modalities"]) == 8
     assert 0 <= result["baselines"]["vg"] < 0.2 and 0 < result["baselines"]["roc"] < 0.3
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predictions = lines(run / "predictions.jsonl")
     assert [row["id"] for row in predictions] == list(range(len(predictions)))
-    stages = {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    stages = {line["stage"] for line in lines(run / "metrics.jsonl")}
     assert {"prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
     assert "distill" in (run / "report.html").read_text()
 
-    again = clinkd(tmp_path, "run", str(CONFIG), *SMALL)
+    again = clinkd(finished, "run", str(CONFIG), *SMALL)
     assert again.returncode == 0
     skipped = [line.split()[1] for line in again.stderr.splitlines() if line.startswith("skipped")]
     assert skipped == ["prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"]
     assert json.loads((run / "eval.json").read_text()) == result
+
+
+def test_a_guided_model_answers_with_scores_made_on_the_fly_as_with_stored_ones(finished: Path) -> None:
+    run = finished / "runs" / "tiny"
+    data = next(path for path in (finished / "runs" / "artifacts").glob("prepare-*") if path.is_dir())
+    arguments = ["--data", str(data), "--out", str(finished / "fly.jsonl"), "--max-new-tokens", "12"]
+    done = clinkd(finished, "predict", "--checkpoint", str(run / "model"), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert lines(finished / "fly.jsonl") == lines(run / "predictions.jsonl")
+
+    bare = finished / "bare"
+    shutil.copytree(run / "model", bare, ignore=shutil.ignore_patterns("guide"))
+    failed = clinkd(finished, "predict", "--checkpoint", str(bare), *arguments)
+    assert failed.returncode == 2 and "--guide" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_pair_and_patch_guidance_each_place_images_differently(finished: Path) -> None:
+    """Positions of the test split's questions, in the run by pair and in one by patch on what it built."""
+    wanted = [*SMALL, "run.name=patch", "rope.mode=patch", "reflect.rounds=0"]
+    done = clinkd(finished, "run", str(CONFIG), *wanted)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skipped") == 4  # prepare, guide, teacher, label
+    none, pair = positions(finished / "runs", "tiny", "pair")
+    same, patch = positions(finished / "runs", "patch", "patch")
+    assert all(torch.equal(*both) for both in zip(none, same, strict=True))
+    for one, other in ((none, pair), (none, patch), (pair, patch)):
+        differ = [not torch.equal(*both) for both in zip(one, other, strict=True)]
+        assert sum(differ) > 0.9 * len(differ) > 10
+
+
+def positions(runs: Path, name: str, mode: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """[3, L] of the test questions: without guidance, and as the run's model and scores have them."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from clinkd.data.ingest import decode
+    from clinkd.data.scores import FILE, Scores
+    from clinkd.data.shards import iter_rows
+    from clinkd.model.chat import encode
+    from clinkd.model.clinkd_qwen2vl import guidance_of, load_model
+    from clinkd.model.guide import guide_inputs, merged_grids
+
+    folder = runs / name / "model"
+    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    data, guide = (
+        next(path for path in (runs / "artifacts").glob(f"{stage}-*") if path.is_dir())
+        for stage in ("prepare", "guide")
+    )
+    scores, guided = Scores(guide / FILE), guidance_of(model.config)
+    assert guided.guided == mode
+    found: tuple[list, list] = ([], [])
+    for row in iter_rows(data, "test"):
+        grid = processor(images=[decode(row["png"])], return_tensors="pt")["image_grid_thw"]
+        for number, turn in enumerate(row["turns"]):
+            prompt, _ = encode(tokenizer, turn["question"], "", int(grid.prod()) // 4)
+            score = scores[f"{row['id']}#{number}"]
+            inputs = guide_inputs(mode, [score], [merged_grids(grid, 2)])
+            for guidance, places in zip((replace(guided, mode="none"), guided), found, strict=True):
+                model.config.rope_guidance = asdict(guidance)
+                placed, _ = model.model.get_rope_index(torch.tensor([prompt]), image_grid_thw=grid, **inputs)
+                places.append(placed[:, 0])
+    return found
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -66,22 +142,25 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: s
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_killed_in_the_middle_of_distillation_it_goes_on(tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None:
     """kill -9 of the driver and all it started; the same command resumes from the last checkpoint."""
-    arguments = ["run", str(CONFIG), *SMALL, "distill.optim.steps=40", "reflect.rounds=0"]
+    changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0"]
+    arguments = ["run", str(CONFIG), *SMALL, *changes]
+    before = set((finished / "runs" / "artifacts").glob("distill-*"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     first = subprocess.Popen(
-        [sys.executable, "-m", "clinkd", *arguments], cwd=tmp_path, env=environment, start_new_session=True,
+        [sys.executable, "-m", "clinkd", *arguments], cwd=finished, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    reached = wait_for_step(tmp_path / "runs" / "artifacts", 10, first)
+    reached = wait_for_step(finished / "runs" / "artifacts", 10, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert reached < 40
 
-    done = clinkd(tmp_path, *arguments)
+    done = clinkd(finished, *arguments)
     assert done.returncode == 0, done.stderr
-    metrics = next((tmp_path / "runs" / "artifacts").glob("distill-*/metrics.jsonl"))
+    made = set((finished / "runs" / "artifacts").glob("distill-*")) - before
+    metrics = next(path for path in made if path.is_dir()) / "metrics.jsonl"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 41))  # none twice, none missing
     assert "skipped teacher" in done.stderr and "skipped distill" not in done.stderr

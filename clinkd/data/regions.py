@@ -16,6 +16,8 @@ import numpy as np
 from clinkd.data.boxes import GRID, parse_boxes
 from clinkd.data.records import Box
 
+COVER = 0.3
+
 _BOX = re.compile(r"<box>.*?</box>", re.S)
 
 
@@ -57,3 +59,8 @@ def coverage(boxes: tuple[Box, ...], rows: int, columns: int) -> np.ndarray:
         height = np.clip(np.minimum(top + GRID / rows, y2) - np.maximum(top, y1), 0, None) * rows / GRID
         best = np.maximum(best, (height[:, None] * width[None, :]).astype(np.float32))
     return best.reshape(-1)
+
+
+def covered(share: np.ndarray) -> np.ndarray:
+    """Cells that count as a region's: of which it covers 30%, or the one it covers most; bool."""
+    return share >= min(COVER, share.max())

@@ -1,9 +1,10 @@
-"""The guide's scores of every (image, question), by Ray Data actors, and what the guide is worth.
+"""The guide's logits of every (image, question), by Ray Data actors, and what the guide is worth.
 
 Decisions:
-- Raw scores are the largest patch logit over all of a record's images: a question about several is aligned
-  with them if one of them shows what it asks about. They are calibrated on the training split: a question
-  with its own images against the same question with another record's of the batch.
+- Every question also meets the images of another record of its batch: pairs that do not belong together, for
+  the calibration. Where a batch holds one record, there is none.
+- Which patches a question's words are about is told by the boxes of its answer, where it has any; one with
+  a box of its own need not say in words what lies there.
 - Retrieval R@1 is measured on test regions of records with one image (of several, no box may say which it
   lies in): the mean logit of a region's patches has to be largest for its own name among all names of the
   test split; chance is one over their number.
@@ -13,121 +14,195 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from clinkd.data.records import sample_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from clinkd.model.guide import Calibration
+
+MOST_FITTED = 1_000_000  # patches that the calibration is fitted on
 
 
 @dataclass(frozen=True)
 class ScoreSpec:
     """What a scoring actor needs; travels by value."""
 
-    guide: str  # folder of the guide: a model's folder with guide.safetensors
+    encoder: str  # folder of the encoder
     names: tuple[str, ...]  # the names regions are ranked against
     threads: int = 1
 
 
 class Scorer:
-    """One actor: the guide over records."""
+    """One actor: the guide's encoder over records."""
 
     def __init__(self, spec: ScoreSpec) -> None:
         import torch
-        from transformers import AutoImageProcessor, AutoTokenizer
 
-        from clinkd.model.clinkd_qwen2vl import load_model
-        from clinkd.model.guide import load_guide
+        from clinkd.model.guide import open_any
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.guide, _ = load_guide(Path(spec.guide), load_model(spec.guide))
-        self.tokenizer = AutoTokenizer.from_pretrained(spec.guide)
-        self.processor = AutoImageProcessor.from_pretrained(spec.guide)
-        self.names = self._phrases(list(spec.names))
+        self.encoder = open_any(spec.encoder, "cuda" if torch.cuda.is_available() else "cpu")
+        self.names = self.encoder.texts(list(spec.names))
 
-    def _phrases(self, texts: list[str]) -> Any:
-        import torch
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """One row per sample.
 
-        # A leading space, as in training: the tokens of words inside a sentence.
-        spaced = [f" {text}" for text in texts]
-        ids = self.tokenizer(spaced, padding=True, padding_side="right", return_tensors="pt")
-        with torch.inference_mode():
-            return self.guide.phrases(ids["input_ids"], ids["attention_mask"])
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Rows ``sample, split, own, other`` (raw scores) and, for regions of the test split, ``right``."""
+        Returns:
+            Columns ``sample, split``; ``own, other`` (logits of the question with its record's images, and
+            with another's); ``patches`` (logits of all cells), ``rows, columns`` (of each image's grid),
+            ``shown`` (whether each cell is what the question is about; null where no box says);
+            ``regions, right`` (retrieval; of a record's first sample).
+        """
         import torch
 
         from clinkd.data.ingest import decode, pngs
-        from clinkd.model.guide import image_scores
+        from clinkd.data.regions import without_boxes
 
-        images = [
-            [decode(png) for png in pngs({key: batch[key][row] for key in batch})]
-            for row in range(len(batch["id"]))
-        ]
-        seen = self.processor(images=[image for shown in images for image in shown], return_tensors="pt")
-        grids = seen["image_grid_thw"].split([len(shown) for shown in images])
-        # Patches of each record: of all its images.
-        counts = [int(grid.prod(-1).sum()) // self.processor.merge_size**2 for grid in grids]
-        texts = [_plain(turn["question"]) for turns in batch["turns"] for turn in turns]
-        with torch.inference_mode():
-            patches = self.guide.patches(seen["pixel_values"], seen["image_grid_thw"])
-            scores = image_scores(self.guide.logits(patches, self._phrases(texts)), counts)
-            named = self.guide.logits(patches, self.names).split(counts)
-        out: dict[str, list[Any]] = {
-            key: [] for key in ("sample", "split", "own", "other", "regions", "right")
-        }
-        column = 0
-        for row, turns in enumerate(batch["turns"]):
-            regions = right = 0
-            if len(grids[row]) == 1:
-                regions, right = self._retrieved(list(turns), named[row], grids[row][0])
-            for number in range(len(turns)):
-                out["sample"].append(sample_id(batch["id"][row], number))
-                out["split"].append(batch["split"][row])
-                out["own"].append(float(scores[row, column]))
-                out["other"].append(float(scores[(row + 1) % len(images), column]))
-                out["regions"].append(regions if number == 0 else 0)
-                out["right"].append(right if number == 0 else 0)
-                column += 1
-        return out
+        records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
+        shown = [[decode(png) for png in pngs(record)] for record in records]
+        seen = iter(self.encoder.images([image for images in shown for image in images]))
+        found = [[next(seen) for _ in images] for images in shown]
+        texts = self.encoder.texts(
+            [without_boxes(turn["question"]) for record in records for turn in record["turns"]]
+        )
+        questions = texts.split([len(record["turns"]) for record in records])
+        rows: list[dict[str, Any]] = []
+        for number, (record, images, asked) in enumerate(zip(records, found, questions, strict=True)):
+            others = found[(number + 1) % len(found)]
+            own = self._pair(images, asked)
+            other = self._pair(others, asked) if len(found) > 1 else [None] * len(asked)
+            patches = torch.cat([self.encoder.patch_logits(image, asked) for image in images]).T
+            regions = self._retrieved(record, images[0]) if len(images) == 1 else (0, 0)
+            rows += _rows(record, images, own, other, patches.float().cpu().numpy(), regions)
+        return _table(rows)
 
-    def _retrieved(self, turns: list[dict[str, Any]], logits: Any, grid: Any) -> tuple[int, int]:
-        """Regions of a record that have a name, and how many of them rank their own name first."""
+    def _pair(self, images: list[Any], texts: Any) -> list[float]:
+        """[P]: the largest over a record's images; see model/guide.py."""
+        import torch
+
+        logits = torch.stack([self.encoder.pair_logits(image, texts) for image in images])
+        return list(map(float, logits.max(0).values))
+
+    def _retrieved(self, record: dict[str, Any], seen: Any) -> tuple[int, int]:
+        """Test regions of a record that have a name, and how many of them rank their own name first."""
         import torch
 
         from clinkd.data.boxes import parse_boxes
         from clinkd.data.regions import coverage
 
-        _, rows, columns = (
-            grid // torch.tensor([1, self.processor.merge_size, self.processor.merge_size])
-        ).tolist()
         regions = right = 0
-        for turn in turns:
+        logits = None
+        for turn in record["turns"] if record["split"] == "test" else []:
             name = turn["answer"].strip().lower()
             boxes = tuple(parse_boxes(turn["question"], strict=False))
             if turn["task"] != "roc" or name not in self.spec.names or not boxes:
                 continue
-            share = torch.from_numpy(coverage(boxes, rows, columns))
+            if logits is None:
+                logits = self.encoder.patch_logits(seen, self.names).float().cpu()
+            share = torch.from_numpy(coverage(boxes, *seen.grid))
             best = int(((share[:, None] * logits).sum(0) / share.sum().clamp(min=1e-6)).argmax())
             regions, right = regions + 1, right + (self.spec.names[best] == name)
         return regions, right
 
 
-def _plain(question: str) -> str:
-    """A question without its boxes: the guide knows words."""
-    from clinkd.data.regions import without_boxes
+def _rows(
+    record: dict[str, Any], images: list[Any], own: list[float], other: list[Any], patches: Any,
+    retrieved: tuple[int, int],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    grids = [image.grid for image in images]
+    for number, turn in enumerate(record["turns"]):
+        regions, right = retrieved if number == 0 else (0, 0)
+        yield {
+            "sample": sample_id(record["id"], number), "split": record["split"], "own": own[number],
+            "other": other[number], "patches": patches[number], "shown": _shown(turn, grids),
+            "rows": [rows for rows, _ in grids], "columns": [columns for _, columns in grids],
+            "regions": regions, "right": right,
+        }  # fmt: skip
 
-    return without_boxes(question)
+
+def _shown(turn: dict[str, Any], grids: list[tuple[int, int]]) -> Any:
+    """[cells] bool, or None where no box says what the question is about (or in which image)."""
+    from clinkd.data.boxes import parse_boxes
+    from clinkd.data.regions import coverage, covered
+
+    boxes = tuple(parse_boxes(turn["answer"], strict=False))
+    return covered(coverage(boxes, *grids[0])) if boxes and len(grids) == 1 else None
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    import pyarrow as pa
+
+    kinds = {
+        "sample": pa.string(), "split": pa.string(), "own": pa.float32(), "other": pa.float32(),
+        "patches": pa.list_(pa.float32()), "shown": pa.list_(pa.bool_()), "rows": pa.list_(pa.uint16()),
+        "columns": pa.list_(pa.uint16()), "regions": pa.int64(), "right": pa.int64(),
+    }  # fmt: skip
+    return pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()})
 
 
 def score(
     records: Any, spec: ScoreSpec, *, actors: int, cpus: float = 0.5, batch: int = 32
-) -> Iterator[dict]:
-    """Rows of :class:`Scorer` for a Ray Dataset of records."""
+) -> Iterator[pa.Table]:
+    """Tables of :class:`Scorer` for a Ray Dataset of records."""
     import ray.data
 
     yield from records.map_batches(
         Scorer, fn_constructor_args=(spec,), batch_size=batch,
         compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
-    ).iter_rows()  # fmt: skip
+    ).iter_batches(batch_format="pyarrow", batch_size=4096)  # fmt: skip
+
+
+def of_split(table: pa.Table, split: str) -> pa.Table:
+    import pyarrow.compute as pc
+
+    return table.filter(pc.equal(table.column("split"), split))
+
+
+def pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of questions with their own images and with another record's, and which are which."""
+    own, other = (table.column(key).drop_null().to_numpy() for key in ("own", "other"))
+    return np.concatenate([own, other]), np.repeat([True, False], [len(own), len(other)])
+
+
+def patches(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of patches, and whether the question is about them, where a box says it."""
+    import pyarrow.compute as pc
+
+    boxed = table.filter(pc.is_valid(table.column("shown")))
+    logits, shown = (
+        pc.list_flatten(boxed.column(key)).to_numpy(zero_copy_only=False) for key in ("patches", "shown")
+    )
+    return logits, shown.astype(bool)
+
+
+def auc(logits: np.ndarray, match: np.ndarray) -> float | None:
+    """Area under the ROC curve: how often a match has the larger logit; None without both kinds."""
+    from scipy.stats import rankdata
+
+    hits = int(match.sum())
+    if not 0 < hits < len(match):
+        return None
+    ranks = rankdata(logits)[match].sum()
+    return float((ranks - hits * (hits + 1) / 2) / (hits * (len(match) - hits)))
+
+
+def calibrate(table: pa.Table) -> Calibration:
+    """Fitted on the training split; patches without one box to learn from take the images' own."""
+    import torch
+
+    from clinkd.model.guide import Calibration, fit_calibration
+
+    train = of_split(table, "train")
+    logits, match = pairs(train)
+    pair = fit_calibration(torch.tensor(logits), torch.tensor(match))
+    logits, shown = patches(train)
+    if not shown.any():
+        return Calibration(*pair, *pair)
+    chosen = np.random.default_rng(0).permutation(len(logits))[:MOST_FITTED]
+    return Calibration(*pair, *fit_calibration(torch.tensor(logits[chosen]), torch.tensor(shown[chosen])))

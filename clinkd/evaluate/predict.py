@@ -5,6 +5,8 @@ Decisions:
   images of a record stand in front of each of its questions.
 - Inside a batch prompts are sorted by length, so little is padded; answers go back to their samples by name.
 - Greedy by default: the published numbers are.
+- The guide's scores are read where there are any; where there are none, a guided model's questions are scored
+  on the fly, through the same calibration and the same steps.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clinkd.data.records import sample_id
-from clinkd.data.scores import read_scores
+from clinkd.data.scores import Score, Scores
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PredictSpec:
     temperature: float = 1.0
     seed: int = 0
     threads: int = 1
-    scores: str | None = None  # the guide's scores, when the guidance wants them
+    scores: str | None = None  # the guide's scores, when the guidance wants them; else
+    guide: str | None = None  # the guide's folder, to score on the fly
 
 
 class Answerer:
@@ -40,14 +43,20 @@ class Answerer:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         from clinkd.model.clinkd_qwen2vl import guidance_of, load_model
+        from clinkd.model.guide import load_guide
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = load_model(spec.model)
         self.model = self.model.eval().to(device)
-        self.guided = guidance_of(self.model.config).guided == "pair"
-        self.alignment = read_scores(spec.scores)
+        self.guided = guidance_of(self.model.config).guided
+        self.scores = Scores(spec.scores)
+        self.guide: Any = None
+        if self.guided != "none" and spec.scores is None:
+            if spec.guide is None:
+                raise ValueError("predict: a guided model needs the guide's scores or the guide")
+            self.guide = load_guide(spec.guide, device)
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = AutoImageProcessor.from_pretrained(spec.model)
 
@@ -63,12 +72,22 @@ class Answerer:
 
         asked = []
         for record in records:
-            picture = self.processor(images=[decode(png) for png in pngs(record)], return_tensors="pt")
+            images = [decode(png) for png in pngs(record)]
+            picture = dict(self.processor(images=images, return_tensors="pt"))
+            picture["scores"] = self._scores(record, images)
             for number, turn in enumerate(record["turns"]):
                 asked.append((self._prompt(turn["question"], picture), picture, record, number, turn))
         asked.sort(key=lambda item: (len(item[0]), item[2]["id"], item[3]))
         for at in range(0, len(asked), self.spec.batch_size):
             yield from self._answer_batch(asked[at : at + self.spec.batch_size])
+
+    def _scores(self, record: dict[str, Any], images: list[Any]) -> list[Score]:
+        """Of each of a record's questions; none where the model is not guided."""
+        if self.guided == "none":
+            return []
+        if self.guide is not None:
+            return list(self.guide.score([(images, [turn["question"] for turn in record["turns"]])])[0])
+        return [self.scores[sample_id(record["id"], number)] for number in range(len(record["turns"]))]
 
     def _prompt(self, question: str, picture: Any) -> list[int]:
         from clinkd.model.chat import encode
@@ -80,12 +99,16 @@ class Answerer:
         import torch
 
         from clinkd.model.generate import generate_answers
+        from clinkd.model.guide import guide_inputs, merged_grids
 
         names = [sample_id(record["id"], number) for _, _, record, number, _ in asked]
         pictures = {record["id"]: picture for _, picture, record, _, _ in asked}
         sizes = [len(picture["image_grid_thw"]) for picture in pictures.values()]
         own = dict(zip(pictures, torch.arange(sum(sizes)).split(sizes), strict=True))
-        alignment = torch.tensor([[self.alignment[name]] for name in names]) if self.guided else None
+        merge = self.processor.merge_size
+        grids = [merged_grids(picture["image_grid_thw"], merge) for _, picture, *_ in asked]
+        scores = [picture["scores"][number] for _, picture, _, number, _ in asked if self.guided != "none"]
+        extra: dict[str, Any] = guide_inputs(self.guided, scores, grids)
         device = self.model.device
         answers = generate_answers(
             self.model, self.tokenizer, [prompt for prompt, *_ in asked],
@@ -94,7 +117,7 @@ class Answerer:
             torch.cat([own[record["id"]] for _, _, record, _, _ in asked]),
             max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
             temperature=self.spec.temperature, num_return_sequences=self.spec.candidates,
-            alignment=alignment, seed=self.spec.seed,
+            seed=self.spec.seed, **extra,
         )  # fmt: skip
         for (_, _, record, _, turn), name, found in zip(asked, names, answers, strict=True):
             yield {

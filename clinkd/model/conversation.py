@@ -25,6 +25,7 @@ from clinkd.model.presets import IM_END, IMAGE, VISION_END, VISION_START
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clinkd.data.scores import Score
     from clinkd.model.rope import RopeGuidance
 
 
@@ -35,13 +36,13 @@ class Document:
     Args:
         ids, labels: of one length; labels are the ids themselves where an answer stands, else -100.
         images: which images of the batch it is about, in the order of its vision segments.
-        alignment: the guide's score of images and question, where the guidance wants it.
+        score: the guide's, of images and questions, where the guidance wants it.
     """
 
     ids: Sequence[int]
     labels: Sequence[int]
     images: tuple[int, ...] = ()
-    alignment: float | None = None
+    score: Score | None = None
 
 
 def encode_conversation(
@@ -127,13 +128,15 @@ def packed_positions(
     vision_start_token_id: int,
     spatial_merge_size: int = 2,
     alignment: Tensor | None = None,
+    relevance: Tensor | None = None,
 ) -> Tensor:
     """Positions of packed documents.
 
     Args:
         input_ids, documents: [B, L], as ``pack_documents`` gives them.
         image_grid_thw: [vision segments, 3], in the order of the documents (not of distinct images).
-        alignment: [vision segments], for the mode "pair".
+        alignment: [vision segments], for the mode "pair". relevance: [merged patches over the segments], for
+            the mode "patch".
 
     Returns:
         float32 [4, B, L]: text positions, from 0 in each document and in the padding; then the guided axes
@@ -156,6 +159,7 @@ def packed_positions(
         vision_start_token_id=vision_start_token_id,
         spatial_merge_size=spatial_merge_size,
         alignment=alignment,
+        relevance=relevance,
     )
     place = torch.arange(documents.shape[1]).expand(documents.shape)
     starts = torch.ones_like(documents, dtype=torch.bool)

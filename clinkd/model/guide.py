@@ -1,99 +1,138 @@
-"""The guide: a small Med-CLIP that says how well an image and a text belong together, and where.
+"""The guide: a Med-CLIP encoder and what turns its logits into scores in [0, 1].
 
 Decisions:
-- Its image side is the vision tower and merger that the answering model will use, its text side that
-  model's own token
-  embeddings, pooled with learnt weights: what the guide learns is where the teacher starts, as
-  Qwen2-VL's own tower began as a CLIP's.
-- It is trained on (region, phrase) pairs, patch by patch. Phrases are compared after a fixed rotation of the
-  embedding space: the answering model's first keys start as its queries behind that rotation
-  (``presets``), so a word looks for patches that show it, and not for itself.
-- Patches of a region also tell its box, through the embeddings of the numbers that write it: a feature
-  carries what a grounded answer has to say, in the space in which the language model says it.
-- The score of (image, text) is the largest patch probability, calibrated to [0, 1] by temperature and
-  bias on the training pairs.
+- Any encoder behind ``encoders.Encoder`` can guide. A guide's folder holds guide.json: where the encoder is
+  (beside it, or a path) and its calibration.
+- Calibration is Platt's (1999): s = sigmoid(t * logit + b), fitted by maximum likelihood on the training
+  split; once for (image, question) against the same question with another image, once for (patch, question)
+  against the boxes that question and answer name.
+- A question about several images is aligned with them if one of them shows what it asks about: its score is
+  the largest. Relevance is each image's own.
+- Questions are read without their boxes: encoders know words.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import numpy as np
+from scipy.special import expit
 
-from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
-from clinkd.model.presets import rotation
+from clinkd.data.regions import without_boxes
+from clinkd.data.scores import Grid, Score, quantise
 
-WEIGHTS, SETTINGS = "guide.safetensors", "guide.json"
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from clinkd.model.encoders import Encoder
+
+SETTINGS = "guide.json"
+OWN = "model"  # folder of the encoder that was trained here, beside guide.json
 
 
-class Guide(nn.Module):
-    """Scores of patches and texts in the answering model's embedding space.
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures and biases of s = sigmoid(temperature * logit + bias)."""
+
+    temperature: float = 1.0
+    bias: float = 0.0
+    patch_temperature: float = 1.0
+    patch_bias: float = 0.0
+
+    def alignment(self, logits: np.ndarray) -> np.ndarray:
+        """Of (image, question), float32 in [0, 1]."""
+        return expit(np.float32(self.temperature) * logits + np.float32(self.bias))
+
+    def relevance(self, logits: np.ndarray) -> np.ndarray:
+        """Of (patch, question), uint8 in steps of 1/255."""
+        return quantise(expit(np.float32(self.patch_temperature) * logits + np.float32(self.patch_bias)))
+
+
+class Guide:
+    """Scores of questions about images."""
+
+    def __init__(self, encoder: Encoder, calibration: Calibration) -> None:
+        self.encoder, self.calibration = encoder, calibration
+
+    def score(self, records: Sequence[tuple[Sequence[Image], Sequence[str]]]) -> list[list[Score]]:
+        """Scores of each record's questions.
+
+        Args:
+            records: (RGB images, questions as they stand in the data) of each.
+        """
+        seen = iter(self.encoder.images([image for images, _ in records for image in images]))
+        texts = self.encoder.texts([without_boxes(text) for _, questions in records for text in questions])
+        found, at = [], 0
+        for images, questions in records:
+            asked = texts[at : at + len(questions)]
+            found.append(self._score([next(seen) for _ in images], asked))
+            at += len(questions)
+        return found
+
+    def _score(self, seen: list[Any], texts: Tensor) -> list[Score]:
+        import torch
+
+        pair = torch.stack([self.encoder.pair_logits(image, texts) for image in seen]).max(0).values
+        patches = torch.cat([self.encoder.patch_logits(image, texts) for image in seen]).T
+        alignment = self.calibration.alignment(pair.float().cpu().numpy()).tolist()
+        relevance = self.calibration.relevance(patches.float().cpu().numpy())
+        grids = tuple(image.grid for image in seen)
+        return [Score(score, row, grids) for score, row in zip(alignment, relevance, strict=True)]
+
+
+def guide_inputs(
+    guided: str, scores: Sequence[Score], merged: Sequence[Sequence[Grid]], *, packed: bool = False
+) -> dict[str, Tensor]:
+    """What the model takes of the scores of a batch's rows, or documents.
 
     Args:
-        model: the answering model, whose vision tower, merger and token embeddings are used (not copied).
+        guided: ``RopeGuidance.guided``.
+        merged: grids of merged patches of each row's images.
+        packed: rows of several documents; alignment is each image's then.
+
+    Returns:
+        ``alignment`` [B, 1] under "pair", packed [images]; ``relevance`` [merged patches of the rows' images]
+        under "patch".
     """
+    import torch
 
-    rotation: Tensor
-
-    def __init__(self, model: ClinKDForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-        width = model.config.text_config.hidden_size
-        self.register_buffer("rotation", rotation(width), persistent=False)
-        self.weigh = nn.Linear(width, 1)  # which tokens of a phrase matter
-        nn.init.zeros_(self.weigh.weight)
-        self.heads = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
-        self.scale = nn.Parameter(torch.tensor([2.5]))  # log; DeepSpeed wants no scalars
-        self.bias = nn.Parameter(torch.tensor([-4.0]))
-
-    def patches(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """[merged patches of all images, H], as the language model receives them."""
-        parts = self.model.model.get_image_features(pixel_values, image_grid_thw).pooler_output
-        return torch.cat(tuple(parts))
-
-    def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Texts [P, L] of token ids (mask 1 = token) to unit vectors [P, H] in the rotated space."""
-        tokens = self.model.get_input_embeddings()(ids)
-        weights = self.weigh(tokens).squeeze(-1).masked_fill(mask == 0, float("-inf")).softmax(-1)
-        return F.normalize((weights[..., None] * tokens).sum(1) @ self.rotation.T, dim=-1)
-
-    def logits(self, patches: Tensor, phrases: Tensor) -> Tensor:
-        """[patches, P] logits of "this patch shows that"."""
-        return F.normalize(patches, dim=-1) @ phrases.T * self.scale.exp() + self.bias
-
-    def number_logits(self, patches: Tensor) -> Tensor:
-        """[4, patches, V]: tokens of x1, y1, x2, y2 of the region a patch belongs to."""
-        table = self.model.get_input_embeddings().weight
-        return torch.stack([head(patches) @ table.T for head in self.heads])
-
-    def bag_logits(self, patches: Tensor) -> Tensor:
-        """[patches, V]: tokens that speak of a patch, read in the rotated space."""
-        table: Any = self.model.get_input_embeddings().weight
-        return patches @ self.rotation @ table.T
+    if guided == "pair":
+        alignment = torch.tensor([[score.alignment] for score in scores])
+        if packed:
+            alignment = alignment[:, 0].repeat_interleave(torch.tensor([len(grids) for grids in merged]))
+        return {"alignment": alignment}
+    if guided == "patch":
+        maps = [score.on(grids) for score, grids in zip(scores, merged, strict=True)]
+        return {"relevance": torch.from_numpy(np.concatenate(maps))}
+    return {}
 
 
-def image_scores(logits: Tensor, counts: Sequence[int]) -> Tensor:
-    """[images, P]: the largest patch logit of each image; ``counts`` are the images' merged patches."""
-    return torch.stack([part.max(0).values for part in logits.split(list(counts))])
+def merged_grids(image_grid_thw: Tensor, merge: int) -> list[Grid]:
+    """Rows and columns of merged patches of each image, from its grid before merging."""
+    return [(rows // merge, columns // merge) for _, rows, columns in image_grid_thw.tolist()]
 
 
-def fit_calibration(scores: Tensor, match: Tensor, steps: int = 200) -> tuple[float, float]:
-    """Temperature and bias of s = sigmoid(t * score + b) by maximum likelihood (Platt scaling).
+def fit_calibration(logits: Tensor, match: Tensor, steps: int = 200) -> tuple[float, float]:
+    """Temperature and bias of s = sigmoid(t * logit + b) by maximum likelihood (Platt scaling).
 
     Args:
-        scores, match: [pairs]; match is 1 where image and text belong together.
+        logits, match: [N]; match is 1 where the two belong together.
     """
+    import torch
+    from torch.nn import functional as F
+
     slope, bias = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0, requires_grad=True)
     optimiser = torch.optim.LBFGS([slope, bias], max_iter=steps)
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(slope * scores + bias, match.float())
+        loss = F.binary_cross_entropy_with_logits(slope * logits + bias, match.float())
         loss.backward()
         return loss
 
@@ -101,22 +140,45 @@ def fit_calibration(scores: Tensor, match: Tensor, steps: int = 200) -> tuple[fl
     return float(slope.detach()), float(bias.detach())
 
 
-def save_guide(guide: Guide, out: Path, settings: dict[str, Any]) -> None:
-    """The guide's own weights beside a model's folder (which holds the tower and the embeddings)."""
-    from safetensors.torch import save_file
-
-    own = {
-        key: value.detach().cpu().clone()
-        for key, value in guide.state_dict().items()
-        if not key.startswith("model.")
-    }
-    save_file(own, out / WEIGHTS)
-    (out / SETTINGS).write_text(json.dumps(settings, indent=1))
+def write_settings(folder: Path, encoder: str, calibration: Calibration) -> None:
+    """guide.json, which makes ``folder`` a guide's; ``encoder`` is ``OWN`` or an absolute path."""
+    (folder / SETTINGS).write_text(json.dumps({"encoder": encoder} | asdict(calibration), indent=1) + "\n")
 
 
-def load_guide(folder: Path, model: ClinKDForConditionalGeneration) -> tuple[Guide, dict[str, Any]]:
-    from safetensors.torch import load_file
+def copy_guide(folder: Path, out: Path) -> None:
+    """A guide's folder again; an encoder that lies elsewhere stays there."""
+    out.mkdir(parents=True)
+    if (folder / OWN).is_dir() and json.loads((folder / SETTINGS).read_text())["encoder"] == OWN:
+        shutil.copytree(folder / OWN, out / OWN)
+    shutil.copyfile(folder / SETTINGS, out / SETTINGS)
 
-    guide = Guide(model)
-    guide.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-    return guide.eval(), json.loads((folder / SETTINGS).read_text())
+
+def open_any(path: str | Path, device: str = "cpu") -> Encoder:
+    """The encoder of a folder: one trained here, or any that ``encoders.open_encoder`` knows.
+
+    Raises:
+        ValueError: no encoder there.
+    """
+    from clinkd.model.encoders import open_encoder
+    from clinkd.model.tiny_guide import WEIGHTS, TinyEncoder
+
+    if (Path(path) / WEIGHTS).is_file():
+        return TinyEncoder(Path(path), device)
+    return open_encoder(path, device)
+
+
+def load_guide(folder: str | Path, device: str = "cpu") -> Guide:
+    """The guide of a folder.
+
+    Raises:
+        ValueError: no guide there, or its encoder is gone.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        encoder, calibration = settings.pop("encoder"), Calibration(**settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"guide: {folder / SETTINGS}: {error}; a guide's folder is made by the stage guide"
+        ) from None
+    return Guide(open_any(folder / encoder, device), calibration)

@@ -78,6 +78,7 @@ class ReportInputs:
     versions: Mapping[str, str] = field(default_factory=dict)
     stages: Sequence[Mapping[str, Any]] = ()
     guide: Mapping[str, Any] = field(default_factory=dict)
+    guide_samples: Sequence[Mapping[str, Any]] = ()
     sweep: Sequence[Mapping[str, Any]] = ()
     guidance: Mapping[str, Any] | None = None
     commands: Sequence[tuple[str, str]] = ()

@@ -118,6 +118,10 @@ def check_inputs(config: RunConfig) -> None:
     for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
         if path is not None and not (Path(path) / "config.json").is_file():
             raise ConfigError(f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL checkpoint")
+    if config.guide.path is not None and not Path(config.guide.path).is_dir():
+        raise ConfigError(
+            f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
+        )
     if config.teacher.path is not None and config.model.path is None:
         raise ConfigError("model.path: a teacher by path needs a student by path (they share a vocabulary)")
     if config.data.source != "phantoms":

@@ -1,38 +1,69 @@
-"""Stage guide: trains the Med-CLIP, measures it, and scores every (image, question)."""
+"""Stage guide: trains the Med-CLIP or takes the user's, measures it, and scores every (image, question).
+
+Decisions:
+- A teacher made here starts where the guide that is trained here ends, so that one is trained for it even
+  where another encoder scores.
+- Nobody asks a guide of a run without guidance whose teacher is given: it would cost that teacher's tower.
+- Logits are kept until all are there: the calibration is fitted on the training split, then one pass over
+  the logits makes the scores. The encoder sees each image once.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import OptimSection
-from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import pixel_limits, start_model, teacher_rope, vqa_spec
+from clinkd.stages.base import Run, content_digest, write_whole
+from clinkd.stages.models import guidance, pixel_limits, start_model, teacher_rope, vqa_spec
 from clinkd.stages.training import train
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from clinkd.model.guide import Calibration
 
 RETRIEVAL = "retrieval.json"
 
 
 def guide(run: Run) -> Artifact:
-    """The guide as a model's folder (the teacher starts there), scores beside it."""
+    """The guide (model/guide.py), its scores, and the folder in which the teacher starts."""
     config = run.config
+    if config.teacher.path is not None and guidance(config.rope).guided == "none":
+        return run.stage("guide", [], {"guide": None}, _none)
     settings = {
-        "guide": config.guide.model_dump(), "teacher": config.teacher.tiny.model_dump(),
+        "guide": config.guide.model_dump(exclude=None if config.guide.path else {"path"}),
+        "teacher": config.teacher.tiny.model_dump(),
         "path": config.teacher.path, "vision": config.model.vision.model_dump(),
         "vocab_size": config.model.vocab_size, "seed": config.run.seed,
     } | pixel_limits(config)  # fmt: skip
+    if config.guide.path:
+        settings["encoder"] = content_digest(Path(config.guide.path))
 
     def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.model.guide import OWN, write_settings
+        from clinkd.model.tiny_guide import WEIGHTS
+
         counts: dict[str, Any] = {}
-        if not (draft.path / "model" / "guide.json").is_file():
+        given = config.guide.path and str(Path(config.guide.path).resolve())
+        trained = not given or config.teacher.path is None
+        if trained and not (draft.path / OWN / WEIGHTS).is_file():
             counts = _train(run, draft)
-        retrieval = _score(run, draft)
+        retrieval, calibration = _score(run, draft, given or str((draft.path / OWN).resolve()))
+        write_settings(draft.path, given or OWN, calibration)
         write_whole(draft.path / RETRIEVAL, json.dumps(retrieval))
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make, version=2)
+    return run.stage("guide", ["prepare"], settings, make, version=3)
+
+
+def _none(draft: Draft) -> dict[str, Any]:
+    write_whole(draft.path / RETRIEVAL, "{}")
+    return {}
 
 
 def _train(run: Run, draft: Draft) -> dict[str, Any]:
@@ -48,15 +79,13 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
     return train(run, draft, "guide", optim, 0, lambda rows, scratch: GuideTask(rows, scratch, spec))
 
 
-def _score(run: Run, draft: Draft) -> dict[str, Any]:
-    """Raw scores of all samples, calibrated on the training split; retrieval on the test split."""
-    import torch
+def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibration]:
+    """Scores of all samples, calibrated on the training split; retrieval on the test split."""
+    import pyarrow as pa
 
     from clinkd.data.ingest import read_records
-    from clinkd.data.scores import write_scores
     from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import ScoreSpec, score
-    from clinkd.model.guide import fit_calibration
+    from clinkd.evaluate.alignment import ScoreSpec, auc, calibrate, of_split, pairs, patches, score
 
     data = run.done["prepare"].path
     total = sum(1 for _ in samples(data))
@@ -64,28 +93,36 @@ def _score(run: Run, draft: Draft) -> dict[str, Any]:
         {item["answer"].strip().lower() for item in samples(data, "test") if item["task"] == "roc"}
     )
     run.progress.start("guide: scores", total)
-    rows: list[dict[str, Any]] = []
-    spec = ScoreSpec(str((draft.path / "model").resolve()), tuple(names or ["nothing"]))
+    tables: list[pa.Table] = []
+    done = 0
+    spec = ScoreSpec(encoder, tuple(names or ["nothing"]))
     records = read_records(data, blocks=run.blocks)
-    for row in score(records, spec, actors=run.config.compute.actors):
-        rows.append(row)
-        run.progress.update(len(rows), record=False)
-    rows.sort(key=lambda row: row["sample"])
-    own, other = (
-        torch.tensor([row[key] for row in rows if row["split"] == "train"]) for key in ("own", "other")
-    )
-    match = torch.cat([torch.ones_like(own), torch.zeros_like(other)])
-    slope, bias = fit_calibration(torch.cat([own, other]), match)
-    raw = torch.tensor([row["own"] for row in rows])
-    calibrated = torch.sigmoid(slope * raw + bias).tolist()
-    write_scores([row["sample"] for row in rows], calibrated, draft.path)
-    tested = [row for row in rows if row["split"] == "test"]
-    regions = sum(row["regions"] for row in tested)
-    right = sum(row["right"] for row in tested)
+    for table in score(records, spec, actors=run.config.compute.actors):
+        tables.append(table)
+        done += len(table)
+        run.progress.update(done, record=False)
+    whole = pa.concat_tables(tables).sort_by("sample")
+    calibration = calibrate(whole)
+    _write_scores(whole, calibration, draft.path)
+    regions = sum(whole.column("regions").to_pylist())
+    tested = of_split(whole, "test")
     found = {
-        "retrieval_at_1": right / regions if regions else None,
+        "retrieval_at_1": sum(whole.column("right").to_pylist()) / regions if regions else None,
         "chance": 1 / len(names) if names else None, "regions": regions,
-        "temperature": slope, "bias": bias,
+        "pair_auc": auc(*pairs(tested)), "patch_auc": auc(*patches(tested)), **asdict(calibration),
     }  # fmt: skip
     run.progress.finish(retrieval_at_1=found["retrieval_at_1"], chance=found["chance"])
-    return found
+    return found, calibration
+
+
+def _write_scores(table: pa.Table, calibration: Calibration, folder: Path) -> None:
+    import pyarrow as pa
+
+    from clinkd.data.scores import write_scores
+
+    logits = table.column("patches").combine_chunks()
+    relevance = pa.array(calibration.relevance(logits.values.to_numpy()))
+    write_scores(
+        folder, table.column("sample"), calibration.alignment(table.column("own").to_numpy()),
+        pa.ListArray.from_arrays(logits.offsets, relevance), table.column("rows"), table.column("columns"),
+    )  # fmt: skip

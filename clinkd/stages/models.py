@@ -84,7 +84,7 @@ def teacher_folder(run: Run) -> Path:
 
 def scores(run: Run, rope: RopeSection) -> str | None:
     """The file of the guide's scores where ``rope`` asks for them."""
-    return str((run.done["guide"].path / FILE).resolve()) if guidance(rope).guided == "pair" else None
+    return str((run.done["guide"].path / FILE).resolve()) if guidance(rope).guided != "none" else None
 
 
 def pixel_limits(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from typing import Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
 from clinkd.stages.base import Run, write_whole
+from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
+
+GUIDE = "guide"  # the guide's folder in the kept model's
 
 
 def evaluate(run: Run, model: str) -> Artifact:
@@ -112,6 +115,7 @@ def report(run: Run) -> Path:
         ),
         feedback=_feedback(run),
         guide=json.loads((run.done["guide"].path / "retrieval.json").read_text()),
+        guide_samples=guide_samples(run),
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),
@@ -151,17 +155,46 @@ def keep_model(run: Run, stage: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished)
     shutil.rmtree(target, ignore_errors=True)
+    if scores(run, run.config.rope):
+        from clinkd.model.guide import copy_guide
+
+        copy_guide(run.done["guide"].path, unfinished / GUIDE)
     unfinished.rename(target)
     write_whole(mark, run.done[stage].fingerprint)
 
 
+def _guide_of(checkpoint: Path, given: Path | None) -> str | None:
+    """The guide that scores a guided checkpoint's questions on the fly; None for one that needs none."""
+    from transformers import AutoConfig
+
+    from clinkd.model.clinkd_qwen2vl import guidance_of
+
+    mode = guidance_of(AutoConfig.from_pretrained(checkpoint)).guided
+    if mode == "none":
+        return None
+    folder = given or checkpoint / GUIDE
+    if not (folder / "guide.json").is_file():
+        raise ConfigError(
+            f"--guide: {folder} holds no guide.json, and the checkpoint is guided ({mode}); give "
+            "the folder that the stage guide made, or the checkpoint of a finished run (runs/NAME/model)"
+        )
+    return str(folder.resolve())
+
+
 def predict_folder(
-    checkpoint: Path, data: str | Path, out: Path, split: str, batch_size: int, max_new_tokens: int
-) -> int:
-    """Answers of any checkpoint to any prepared data; returns their number."""
+    checkpoint: Path, data: str | Path, out: Path, split: str, batch_size: int, max_new_tokens: int,
+    guide: Path | None = None,
+) -> int:  # fmt: skip
+    """Answers of any checkpoint to any prepared data; returns their number.
+
+    Raises:
+        ConfigError: a guided checkpoint without its guide.
+    """
     from clinkd.data.ingest import read_records
     from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
 
     rows = read_records(data, split=split, blocks=8)
-    spec = PredictSpec(str(checkpoint.resolve()), batch_size, max_new_tokens)
+    spec = PredictSpec(
+        str(checkpoint.resolve()), batch_size, max_new_tokens, guide=_guide_of(checkpoint, guide)
+    )
     return len(write_predictions(predict(rows, spec, actors=2), out))

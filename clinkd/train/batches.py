@@ -22,8 +22,9 @@ from torch import Tensor
 
 from clinkd.data.feed import Arrays, Asked, FeedError
 from clinkd.data.records import sample_id
-from clinkd.data.scores import read_scores
+from clinkd.data.scores import Score, Scores, mean
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
+from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.presets import IMAGE, VISION_START
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.pixels import Patches, blank, cut, image_tokens, join, load_processor
@@ -69,7 +70,7 @@ class BatchMaker:
         self.spec = spec
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
-        self.alignment = read_scores(spec.scores)
+        self.scores = Scores(spec.scores)
 
     def documents(self, row: dict[str, Any]) -> list[tuple[int, ...]]:
         """Turns of each document of a record."""
@@ -125,9 +126,9 @@ class BatchMaker:
             rows += [found] if self.spec.packed else [[document] for document in found]
         packed = pack_documents(rows, self.tokenizer.pad_token_id)
         pictures = join(images)
-        scores = [document.alignment for row in rows for document in row for _ in document.images]
+        flat = [document for row in rows for document in row]
         documents = packed.pop("documents")
-        positions = self._positions(packed, documents, pictures["image_grid_thw"], scores)
+        positions = self._positions(packed, documents, pictures["image_grid_thw"], flat)
         turns = sum(len(asked.documents) for sequence in sequences for asked in sequence)
         if self.spec.conversations:
             turns = sum(len(asked.row["turns"]) for sequence in sequences for asked in sequence)
@@ -155,26 +156,29 @@ class BatchMaker:
                 "size that the shard names; run `clinkd prepare` again"
             )
 
-    def _score(self, record: str, turns: tuple[int, ...]) -> float | None:
-        if self.spec.guidance.guided != "pair":
+    def _score(self, record: str, turns: tuple[int, ...]) -> Score | None:
+        if self.spec.guidance.guided == "none":
             return None
-        return sum(self.alignment[sample_id(record, turn)] for turn in turns) / len(turns)
+        return mean([self.scores[sample_id(record, turn)] for turn in turns])
 
     def _positions(
-        self, packed: dict[str, Tensor], documents: Tensor, grids: np.ndarray, scores: list[float | None]
+        self, packed: dict[str, Tensor], documents: Tensor, grids: np.ndarray, rows: list[Document]
     ) -> Tensor:
         ids: Any = self.tokenizer.convert_tokens_to_ids([IMAGE, VISION_START])
         image, start = ids
-        pair = self.spec.guidance.guided == "pair"
+        grid, guided = torch.from_numpy(grids), self.spec.guidance.guided
+        scored = [(row.score, row.images) for row in rows if row.score is not None and row.images]
+        merged = [merged_grids(grid[list(images)], self.processor.merge_size) for _, images in scored]
+        scores = guide_inputs(guided, [score for score, _ in scored], merged, packed=True)
         return packed_positions(
             packed["input_ids"],
             documents,
-            torch.from_numpy(grids)[packed["image_index"]],
+            grid[packed["image_index"]],
             guidance=self.spec.guidance,
             image_token_id=image,
             vision_start_token_id=start,
             spatial_merge_size=self.processor.merge_size,
-            alignment=torch.tensor(scores) if pair else None,
+            **scores,
         )
 
     def _filler(self) -> Arrays:

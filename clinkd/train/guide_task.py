@@ -23,19 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clinkd.data.regions import Pair, coverage, region_pairs
-from clinkd.model.guide import Guide
+from clinkd.data.regions import Pair, coverage, covered, region_pairs
+from clinkd.model.tiny_guide import TinyGuide
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import SupervisedTask
 
-COVER = 0.3
 TEXT_WEIGHT, HEADS_WEIGHT, BAG_WEIGHT = 0.1, 1.0, 0.5
 
 
 class GuideLoss(nn.Module):
     """Sums over a batch's patches that lie in regions (see the file's decisions)."""
 
-    def __init__(self, guide: Guide) -> None:
+    def __init__(self, guide: TinyGuide) -> None:
         super().__init__()
         self.guide = guide
 
@@ -77,7 +76,7 @@ class GuideTask(SupervisedTask):
         if self.spec.train_vision:
             model.model.visual.requires_grad_(True)
             model.get_input_embeddings().weight.requires_grad_(True)
-        return GuideLoss(Guide(model))
+        return GuideLoss(TinyGuide(model))
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         records = list(dict.fromkeys(record for record, _ in groups))
@@ -120,15 +119,15 @@ class GuideTask(SupervisedTask):
     def save(self, state: dict[str, Any], out: Path) -> None:
         """A model folder with the trained tower and embeddings, and the guide's own weights beside it."""
         from clinkd.model.clinkd_qwen2vl import load_model, save_model
-        from clinkd.model.guide import save_guide
+        from clinkd.model.tiny_guide import save_guide
 
         model = load_model(self.spec.model)
-        guide = Guide(model)
+        guide = TinyGuide(model)
         own = {key.removeprefix("guide."): value for key, value in state.items()}
         own.setdefault("model.lm_head.weight", own["model.model.language_model.embed_tokens.weight"])
         guide.load_state_dict(own)
         save_model(model, self.tokenizer, self.processor, out)
-        save_guide(guide, out, {"cover": COVER})
+        save_guide(guide, out)
 
 
 def _first(values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +144,7 @@ def _targets(pairs: list[Pair], texts: list[str], names: list[str], grid: list[i
     for pair in pairs:
         for box in pair.boxes:
             share = coverage((box,), rows, columns)
-            mine = share >= min(COVER, share.max())
+            mine = covered(share)
             if pair.name:
                 for patch in np.flatnonzero(mine & (share > best)).tolist():
                     best[patch], found[patch] = share[patch], (names.index(pair.phrase), box)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from clinkd.data.ingest import RecordTable, collect, decode, open_table
 from clinkd.data.records import sample_id
-from clinkd.data.scores import read_scores
+from clinkd.data.scores import Scores
 from clinkd.distill.curriculum import admitted_margin
 from clinkd.distill.losses import answer_loss, distill_loss
 from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
+from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.ledger import Group
 from clinkd.train.pixels import load_processor
@@ -112,7 +113,7 @@ class SupervisedTask:
         self.prepare(spec, zero_stage)
         self.images = ImageStore(self.table, self.processor)
         self.ids = self.table.ids
-        self.alignment = read_scores(spec.scores)
+        self.scores = Scores(spec.scores)
         self._encoded: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def prepare(self, spec: VqaSpec, zero_stage: int) -> None:
@@ -159,8 +160,11 @@ class SupervisedTask:
         rows = [self.encoded(record, turn) for record, turns in groups for turn in turns]
         names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
-        if self.spec.guidance.guided == "pair":
-            inputs["alignment"] = torch.tensor([[self.alignment[name]] for name in names])
+        guided = self.spec.guidance.guided
+        if guided != "none":
+            grids = [self.images[record][1] for record, turns in groups for _ in turns]
+            merged = [merged_grids(grid, self.processor.merge_size) for grid in grids]
+            inputs |= guide_inputs(guided, [self.scores[name] for name in names], merged)
         if self.spec.coordinate_weight != 1:
             inputs["coordinates"] = self.coordinates(inputs["labels"])
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())

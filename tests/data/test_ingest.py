@@ -7,7 +7,6 @@ import pytest
 
 from clinkd.data.ingest import collect, decode, open_table, read_records
 from clinkd.data.phantoms import PhantomSpec, draw
-from clinkd.data.scores import FILE, read_scores, write_scores
 
 
 def table(*names: str) -> pa.Table:
@@ -28,12 +27,6 @@ def test_order_of_arrival_leaves_no_trace(tmp_path: Path) -> None:
 def test_an_image_comes_back_as_rgb() -> None:
     png, _ = draw(PhantomSpec(1, size=56), 0)
     assert (decode(png).mode, decode(png).size) == ("RGB", (56, 56))
-
-
-def test_scores_come_back_by_sample(tmp_path: Path) -> None:
-    write_scores(["a#0", "a#1"], [0.25, 0.5], tmp_path)
-    assert read_scores(tmp_path / FILE) == {"a#0": 0.25, "a#1": 0.5}
-    assert read_scores(None) == {}
 
 
 @pytest.mark.usefixtures("ray_session")

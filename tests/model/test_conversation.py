@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from clinkd.data.scores import Score
 from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import new_model
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
+from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.rope import RopeGuidance
 
 torch.set_num_threads(1)
@@ -25,6 +28,7 @@ GUIDANCES = {
     "plain": RopeGuidance(),
     "lambda 2": RopeGuidance(2.0, 2.0),
     "pair": RopeGuidance(1.5, 2.25, 0.3, 0.7, 0.8, "pair"),
+    "patch": RopeGuidance(1.5, 2.25, 0.3, 0.7, 0.8, "patch"),
 }
 
 
@@ -47,8 +51,16 @@ def documents(tokenizer):
     found = []
     for number, (turns, images) in enumerate(TALKS):
         ids, labels = encode_conversation(tokenizer, turns, [TOKENS[image] for image in images])
-        found.append(Document(ids, labels, images, alignment=0.2 * number))
+        relevance = np.arange(4 * len(images), dtype=np.uint8) * 20 + number
+        found.append(Document(ids, labels, images, Score(0.2 * number, relevance, ((2, 2),) * len(images))))
     return found
+
+
+def scores_of(model, documents, packed):
+    guided = RopeGuidance(**model.config.rope_guidance).guided
+    merged = [merged_grids(GRIDS[list(document.images)], 2) for document in documents]
+    scores = [document.score for document in documents]
+    return guide_inputs(guided, scores, merged, packed=packed) if documents else {}
 
 
 def batch_of(model, tokenizer, rows, pad=0):
@@ -56,13 +68,13 @@ def batch_of(model, tokenizer, rows, pad=0):
     packed = pack_documents(rows, tokenizer.pad_token_id)
     for name, value in (("input_ids", tokenizer.pad_token_id), ("labels", -100), ("documents", 0)):
         packed[name] = torch.nn.functional.pad(packed[name], (0, pad), value=value)
-    scores = [d.alignment for row in rows for d in row for _ in d.images]
     guidance = RopeGuidance(**model.config.rope_guidance)
+    shown = [document for row in rows for document in row if document.images]
     positions = packed_positions(
         packed["input_ids"], packed["documents"], GRIDS[packed["image_index"]], guidance=guidance,
         image_token_id=model.config.image_token_id,
         vision_start_token_id=model.config.vision_start_token_id,
-        alignment=torch.tensor(scores) if guidance.guided == "pair" else None,
+        **scores_of(model, shown, packed=True),
     )  # fmt: skip
     return packed, positions
 
@@ -83,7 +95,7 @@ def alone(model, document, pixels):
     images = (
         {"pixel_values": torch.cat(chosen), "image_grid_thw": GRIDS[list(document.images)]} if chosen else {}
     )
-    scores = {"alignment": torch.tensor([[document.alignment]])} if chosen else {}
+    scores = scores_of(model, [document] if chosen else [], packed=False)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **scores).logits[0]
 
 

@@ -77,7 +77,12 @@ def task(folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFacto
 
     scratch = tmp_path_factory.mktemp("scratch")
     names = [f"{one['id']}#{turn}" for one in ROWS for turn in range(2)]
-    write_scores(names, [number / 10 for number in range(len(names))], scratch)
+    images = [1 + len(one["more_images"] or []) for one in ROWS for _ in range(2)]
+    write_scores(
+        scratch, names, [number / 10 for number in range(len(names))],
+        relevance=[list(range(4 * count)) for count in images],
+        rows=[[2] * count for count in images], columns=[[2] * count for count in images],
+    )  # fmt: skip
     rows = ray.data.from_arrow(pa.Table.from_pylist(ROWS, schema()))
     guidance = RopeGuidance(1.5, 2.0, gamma=0.5, mode="pair")
     return SupervisedTask(rows, scratch, VqaSpec(str(folder), guidance, True, scores=str(scratch / FILE)))
@@ -250,14 +255,14 @@ def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path) -> 
 
 def test_the_guides_score_is_that_of_the_image_that_shows_it_best(folder: Path, tmp_path: Path) -> None:
     from clinkd.evaluate.alignment import Scorer, ScoreSpec
-    from clinkd.model.guide import Guide, save_guide
+    from clinkd.model.tiny_guide import TinyGuide, save_guide
 
     model = load_model(folder)
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    save_guide(Guide(model), tmp_path, {})
+    save_guide(TinyGuide(model), tmp_path)
     scorer = Scorer(ScoreSpec(str(tmp_path), names=("liver", "spleen")))
-    found = scorer(as_batch([row("one", 1), row("other", 2), row("both", 1, 2)]))
+    found = scorer(as_batch([row("one", 1), row("other", 2), row("both", 1, 2)])).to_pydict()
     one, other, both = (found["own"][at : at + 2] for at in (0, 2, 4))
     assert both == pytest.approx([max(pair) for pair in zip(one, other, strict=True)], abs=1e-5)
     assert one != pytest.approx(other, abs=1e-5)
