@@ -19,7 +19,7 @@ from clinkd.model.presets import TinySize, image_processor
 from clinkd.train.pixels import load_processor
 
 ROOT = Path(clinkd.__file__).parent
-OTHERS_WORK_HERE = {"evaluate/alignment.py", "evaluate/predict.py", "model/tiny_guide.py"}
+OTHERS_WORK_HERE = {"evaluate/predict.py", "model/tiny_guide.py"}
 
 
 def test_every_image_processor_is_asked_for_as_pils() -> None:
