@@ -43,8 +43,12 @@ class Score(NamedTuple):
         """Relevance float32 in [0, 1] on the grids of merged patches of the record's images, end to end.
 
         Raises:
-            ValueError: another number of images than were scored.
+            ValueError: another number of images than were scored, or an encoder without dense features.
         """
+        if len(self.relevance) == 0:
+            raise ValueError(
+                "scores: the guide's encoder tells no patches apart; it can guide rope.mode=pair"
+            )
         if len(merged) != len(self.grids):
             raise ValueError(f"scores: relevance of {len(self.grids)} images for a record of {len(merged)}")
         values = self.relevance.astype(np.float32) / 255

@@ -59,10 +59,9 @@ class Scorer:
             ``shown`` (whether each cell is what the question is about; null where no box says);
             ``regions, right`` (retrieval; of a record's first sample).
         """
-        import torch
-
         from clinkd.data.ingest import decode, pngs
         from clinkd.data.regions import without_boxes
+        from clinkd.model.guide import pair_logits, patch_logits
 
         records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
         shown = [[decode(png) for png in pngs(record)] for record in records]
@@ -75,19 +74,15 @@ class Scorer:
         rows: list[dict[str, Any]] = []
         for number, (record, images, asked) in enumerate(zip(records, found, questions, strict=True)):
             others = found[(number + 1) % len(found)]
-            own = self._pair(images, asked)
-            other = self._pair(others, asked) if len(found) > 1 else [None] * len(asked)
-            patches = torch.cat([self.encoder.patch_logits(image, asked) for image in images]).T
-            regions = self._retrieved(record, images[0]) if len(images) == 1 else (0, 0)
-            rows += _rows(record, images, own, other, patches.float().cpu().numpy(), regions)
+            own = pair_logits(self.encoder, images, asked).tolist()
+            other = (
+                pair_logits(self.encoder, others, asked).tolist() if len(found) > 1 else [None] * len(asked)
+            )
+            patches, grids = patch_logits(self.encoder, images, asked)
+            plain = len(images) == 1 and patches.shape[1] > 0
+            regions = self._retrieved(record, images[0]) if plain else (0, 0)
+            rows += _rows(record, grids, own, other, patches, regions)
         return _table(rows)
-
-    def _pair(self, images: list[Any], texts: Any) -> list[float]:
-        """[P]: the largest over a record's images; see model/guide.py."""
-        import torch
-
-        logits = torch.stack([self.encoder.pair_logits(image, texts) for image in images])
-        return list(map(float, logits.max(0).values))
 
     def _retrieved(self, record: dict[str, Any], seen: Any) -> tuple[int, int]:
         """Test regions of a record that have a name, and how many of them rank their own name first."""
@@ -112,10 +107,9 @@ class Scorer:
 
 
 def _rows(
-    record: dict[str, Any], images: list[Any], own: list[float], other: list[Any], patches: Any,
-    retrieved: tuple[int, int],
+    record: dict[str, Any], grids: tuple[tuple[int, int], ...], own: list[float], other: list[Any],
+    patches: np.ndarray, retrieved: tuple[int, int],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    grids = [image.grid for image in images]
     for number, turn in enumerate(record["turns"]):
         regions, right = retrieved if number == 0 else (0, 0)
         yield {
@@ -126,13 +120,15 @@ def _rows(
         }  # fmt: skip
 
 
-def _shown(turn: dict[str, Any], grids: list[tuple[int, int]]) -> Any:
-    """[cells] bool, or None where no box says what the question is about (or in which image)."""
+def _shown(turn: dict[str, Any], grids: tuple[tuple[int, int], ...]) -> Any:
+    """[cells] bool, or None where no box says what the question is about (or in which image), or no cells."""
     from clinkd.data.boxes import parse_boxes
     from clinkd.data.regions import coverage, covered
 
     boxes = tuple(parse_boxes(turn["answer"], strict=False))
-    return covered(coverage(boxes, *grids[0])) if boxes and len(grids) == 1 else None
+    if not boxes or len(grids) != 1 or grids[0] == (0, 0):
+        return None
+    return covered(coverage(boxes, *grids[0]))
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -164,6 +160,13 @@ def of_split(table: pa.Table, split: str) -> pa.Table:
     return table.filter(pc.equal(table.column("split"), split))
 
 
+def grounded(table: pa.Table) -> pa.Table:
+    """Rows whose answer's boxes say which patches the question's words are about."""
+    import pyarrow.compute as pc
+
+    return table.filter(pc.is_valid(table.column("shown")))
+
+
 def pairs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Logits of questions with their own images and with another record's, and which are which."""
     own, other = (table.column(key).drop_null().to_numpy() for key in ("own", "other"))
@@ -174,7 +177,7 @@ def patches(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Logits of patches, and whether the question is about them, where a box says it."""
     import pyarrow.compute as pc
 
-    boxed = table.filter(pc.is_valid(table.column("shown")))
+    boxed = grounded(table)
     logits, shown = (
         pc.list_flatten(boxed.column(key)).to_numpy(zero_copy_only=False) for key in ("patches", "shown")
     )

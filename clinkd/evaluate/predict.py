@@ -58,7 +58,7 @@ class Answerer:
                 raise ValueError("predict: a guided model needs the guide's scores or the guide")
             self.guide = load_guide(spec.guide, device)
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        self.processor = AutoImageProcessor.from_pretrained(spec.model)
+        self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's batch of records to one row per sample with ``responses``."""

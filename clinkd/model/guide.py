@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import expit
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from clinkd.model.encoders import Encoder
+    from clinkd.model.encoders import Encoder, Seen
 
 SETTINGS = "guide.json"
 OWN = "model"  # folder of the encoder that was trained here, beside guide.json
@@ -75,15 +75,33 @@ class Guide:
             at += len(questions)
         return found
 
-    def _score(self, seen: list[Any], texts: Tensor) -> list[Score]:
-        import torch
-
-        pair = torch.stack([self.encoder.pair_logits(image, texts) for image in seen]).max(0).values
-        patches = torch.cat([self.encoder.patch_logits(image, texts) for image in seen]).T
-        alignment = self.calibration.alignment(pair.float().cpu().numpy()).tolist()
-        relevance = self.calibration.relevance(patches.float().cpu().numpy())
-        grids = tuple(image.grid for image in seen)
+    def _score(self, seen: list[Seen], texts: Tensor) -> list[Score]:
+        alignment = self.calibration.alignment(pair_logits(self.encoder, seen, texts)).tolist()
+        patches, grids = patch_logits(self.encoder, seen, texts)
+        relevance = self.calibration.relevance(patches)
         return [Score(score, row, grids) for score, row in zip(alignment, relevance, strict=True)]
+
+
+def pair_logits(encoder: Encoder, seen: Sequence[Seen], texts: Tensor) -> np.ndarray:
+    """[P] of P questions about a record's images: the largest of them."""
+    import torch
+
+    return (
+        torch.stack([encoder.pair_logits(image, texts) for image in seen]).max(0).values.float().cpu().numpy()
+    )
+
+
+def patch_logits(
+    encoder: Encoder, seen: Sequence[Seen], texts: Tensor
+) -> tuple[np.ndarray, tuple[Grid, ...]]:
+    """[P, cells of a record's images], and the images' grids; without dense features there are no cells."""
+    import torch
+
+    try:
+        patches = torch.cat([encoder.patch_logits(image, texts) for image in seen]).T
+    except ValueError:
+        return np.zeros((len(texts), 0), np.float32), ((0, 0),) * len(seen)
+    return patches.float().cpu().numpy(), tuple(image.grid for image in seen)
 
 
 def guide_inputs(

@@ -112,7 +112,7 @@ class TinyEncoder:
         self.guide.eval().to(device)
         self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image]) -> list[Seen]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Artifact, Draft
-from clinkd.config import OptimSection
+from clinkd.config import ConfigError, OptimSection
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import guidance, pixel_limits, start_model, teacher_rope, vqa_spec
 from clinkd.stages.training import train
@@ -85,7 +85,7 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
 
     from clinkd.data.ingest import read_records
     from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import ScoreSpec, auc, calibrate, of_split, pairs, patches, score
+    from clinkd.evaluate.alignment import ScoreSpec, auc, calibrate, grounded, of_split, pairs, patches, score
 
     data = run.done["prepare"].path
     total = sum(1 for _ in samples(data))
@@ -102,6 +102,13 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
         done += len(table)
         run.progress.update(done, record=False)
     whole = pa.concat_tables(tables).sort_by("sample")
+    if guidance(run.config.rope).guided == "patch" and not len(
+        whole.column("patches").combine_chunks().values
+    ):
+        raise ConfigError(
+            f"guide.path: {run.config.guide.path} tells no patches of an image apart; choose rope.mode=pair, "
+            "or a guide with a vision transformer"
+        )
     calibration = calibrate(whole)
     _write_scores(whole, calibration, draft.path)
     regions = sum(whole.column("regions").to_pylist())
@@ -109,7 +116,7 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
     found = {
         "retrieval_at_1": sum(whole.column("right").to_pylist()) / regions if regions else None,
         "chance": 1 / len(names) if names else None, "regions": regions,
-        "pair_auc": auc(*pairs(tested)), "patch_auc": auc(*patches(tested)), **asdict(calibration),
+        "pair_auc": auc(*pairs(grounded(tested))), "patch_auc": auc(*patches(tested)), **asdict(calibration),
     }  # fmt: skip
     run.progress.finish(retrieval_at_1=found["retrieval_at_1"], chance=found["chance"])
     return found, calibration

@@ -124,6 +124,23 @@ def test_an_encoder_that_lies_elsewhere_stays_there(folder: Path, tmp_path: Path
     assert load_guide(copy).score([([IMAGES[0]], ["where"])])[0][0].alignment > 0
 
 
+def test_an_encoder_that_tells_no_patches_apart_guides_by_pair_alone(folder: Path) -> None:
+    class Blind(TinyEncoder):
+        def patch_logits(self, seen: Any, texts: Any) -> Any:
+            raise ValueError("no dense features")
+
+        def pair_logits(self, seen: Any, texts: Any) -> Any:
+            return super().patch_logits(seen, texts).max(0).values
+
+    blind = guides.Guide(Blind(folder / guides.OWN), Calibration(0.5, 0.1))
+    asked = [([IMAGES[0]], ["where is the liver"])]
+    score = blind.score(asked)[0][0]
+    assert score.alignment == pytest.approx(load_guide(folder).score(asked)[0][0].alignment, abs=1e-6)
+    assert guide_inputs("pair", [score], [[(2, 2)]])["alignment"].shape == (1, 1)
+    with pytest.raises(ValueError, match=r"rope\.mode=pair"):
+        guide_inputs("patch", [score], [[(2, 2)]])
+
+
 @pytest.mark.parametrize(
     "content", [None, "{", json.dumps({"encoder": "model"} | {"temperatur": 1}), json.dumps({"bias": 1})]
 )
