@@ -27,9 +27,9 @@ from markupsafe import Markup, escape
 
 from clinkd.data.boxes import from_qwen
 from clinkd.data.records import TASK_NAMES
-from clinkd.report import gallery, plots, tables
-from clinkd.report.overlays import Budget
-from clinkd.report.positions import PLAIN, RELEASED, Guidance, lay_out
+from clinkd.report import gallery, guide, plots, tables
+from clinkd.report.overlays import Budget, heat_legend
+from clinkd.report.positions import Guidance
 
 MODALITY_TITLES = {
     "ct": "CT",
@@ -43,9 +43,9 @@ MODALITY_TITLES = {
 }
 FEEDBACK_BYTES = 900_000  # of data URIs
 GALLERY_BYTES = 2_600_000
+GUIDE_BYTES = 300_000
 MOST_CONFIG = 60_000  # characters
 MOST_ROWS = 200  # of stages and of trials
-MAP_TEXT, MAP_GRID = 5, (1, 5, 5)  # tokens before and after, frames × rows × columns
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ class ReportInputs:
         config: the run's configuration, YAML text.
         versions: software and versions.
         stages: rows {stage, fingerprint, seconds, counts, skipped}.
-        guide: numbers of the Med-CLIP guide, such as retrieval_at_1 and chance.
+        guide: numbers of the Med-CLIP guide: retrieval_at_1, chance, regions, pair_auc, patch_auc and others.
+        guide_samples: what the guide says of some questions: rows with sample, image, question, task,
+            alignment in [0, 1], relevance (row by row, each in [0, 1]) on the guide's grid [rows, columns],
+            merged [rows, columns] of the answering model, and how many tokens stand before and after the
+            image. What a row does not have, or has as None, is left away.
         sweep: rows of the trials' table, in the order to print.
-        guidance: the run's rotary parameters: lambda_h, lambda_w, alpha_h, alpha_w, gamma, perhaps score.
+        guidance: the run's rotary parameters: lambda_h, lambda_w, alpha_h, alpha_w, gamma, mode.
         commands: (what it does, command) for the page's last part; empty: those that follow from the name.
     """
 
@@ -163,28 +167,14 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
         lines = plots.curves(run.metrics, name)
         if lines:
             parts.append({"title": said, "svg": Markup(plots.chart(name, lines, name))})
-    return {"stage_charts": stage_charts, "distill_charts": parts, "maps": _maps(run.guidance)}
-
-
-def _maps(guidance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Position maps on one scale: plain M-RoPE, the released code, the run's own parameters where given."""
-    shown = [("Plain M-RoPE", PLAIN), ("ClinKD's released code (λ = 2)", RELEASED)]
-    if guidance is not None:
-        shown.append(("This run", Guidance.of(guidance)))
-    layouts = [(title, values, lay_out(MAP_TEXT, MAP_GRID, MAP_TEXT, values)) for title, values in shown]
-    extent = max(layout.last for *_, layout in layouts)
-    made = []
-    for index, (title, values, layout) in enumerate(layouts):
-        low, high = layout.vision[1:].min(), layout.vision[1:].max()
-        said = f"{title}: patches from {low:g} to {high:g}, text goes on at {layout.after.min():g}."
-        svg = Markup(plots.position_map(f"map{index}", layout, extent, said))
-        made.append({"title": title, "svg": svg, "said": said, "guidance": values})
-    return made
+    return {"stage_charts": stage_charts, "distill_charts": parts}
 
 
 def _pictures(run: ReportInputs) -> dict[str, Any]:
     cards, rows = gallery.choose(run.predictions), gallery.choose_feedback(run.feedback)
     wanted = {card.image for card in cards} | {str(row.get("image", "")) for row in rows}
+    samples = guide.looks(run.guide_samples)
+    wanted |= {look.image for look in guide.scored(samples)}
     wanted.discard("")
     images = run.images(sorted(wanted)) if wanted else {}
     feedback_budget, gallery_budget = Budget(FEEDBACK_BYTES), Budget(GALLERY_BYTES)
@@ -195,6 +185,10 @@ def _pictures(run: ReportInputs) -> dict[str, Any]:
         "events": [_event(row) for row in events[:MOST_ROWS]],
         "gallery": gallery.pictured(cards, images, gallery_budget),
         "refused": feedback_budget.refused + gallery_budget.refused,
+        "placed": guide.position_maps(run.guidance, samples),
+        "looks": guide.look_cards(samples, run.guidance, images, Budget(GUIDE_BYTES)),
+        "run_rope": None if run.guidance is None else Guidance.of(run.guidance),
+        "heat_legend": heat_legend(),
     }
 
 

@@ -4,6 +4,8 @@ Decisions:
 - Colour never stands alone: the truth is a solid line, an answer dashed with the truth in its gaps, and each
   box carries its word.
 - Images are brought to one size first (small ones up, bicubic), so that lines and words look the same on all.
+- A heat map lies on the image in grey: its colours mean relevance and nothing else. They grow lighter with it,
+  so they are told apart without colour vision, and cells keep their edges: the guide knows nothing finer.
 - JPEG without chroma subsampling: a third of a PNG on noisy images, and thin coloured lines stay clean.
 - All overlays of a report share one byte budget; when it is spent, further images are left out and counted.
 """
@@ -29,6 +31,9 @@ STYLES = {
     "chosen": ((90, 170, 255), True), "asked": ((255, 225, 80), False),
 }  # fmt: skip
 """Kind of mark: colour and whether it is dashed."""
+# Relevance 0 to 1: from dark blue over red to light yellow, and how much of the image it covers.
+HEAT = ((20, 15, 70), (120, 30, 110), (215, 65, 70), (250, 150, 40), (255, 245, 130))
+HEAT_COVER = (0.35, 0.7)
 
 
 class ImageError(ValueError):
@@ -53,7 +58,10 @@ class Budget:
 
     def embed(self, image: bytes, marks: Sequence[Mark]) -> str | None:
         """The overlay as a data URI, or None when it would not fit. Raises ImageError."""
-        uri = overlay(image, marks)
+        return self.take(overlay(image, marks))
+
+    def take(self, uri: str) -> str | None:
+        """The data URI if it fits, else None."""
         if len(uri) > self.left:
             self.refused += 1
             return None
@@ -63,8 +71,39 @@ class Budget:
 
 def overlay(image: bytes, marks: Iterable[Mark], side: int = SIDE) -> str:
     """The image with its boxes as ``data:image/jpeg;base64,…``. Raises ImageError as ``drawn`` does."""
+    return _uri(drawn(image, marks, side))
+
+
+def heat_map(image: bytes, relevance: np.ndarray, side: int = SIDE) -> str:
+    """The image in grey under its relevance [rows, columns] in [0, 1], cell by cell, as a data URI.
+
+    Raises:
+        ImageError: as ``drawn`` does.
+    """
+    grey = np.asarray(_resized(_opened(image), side).convert("L"), np.float64)
+    rows, columns = (
+        np.arange(length) * cells // length for length, cells in zip(grey.shape, relevance.shape, strict=True)
+    )
+    return _uri(Image.fromarray(heated(grey, relevance[rows[:, None], columns[None, :]])))
+
+
+def heated(grey: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] of grey values under the colour of relevance: the more relevant, the less see-through."""
+    levels = np.linspace(0, 1, len(HEAT))
+    colour = np.stack([np.interp(relevance, levels, channel) for channel in np.transpose(HEAT)], axis=-1)
+    cover = np.interp(relevance, [0, 1], HEAT_COVER)[..., None]
+    return np.rint((1 - cover) * grey[..., None] + cover * colour).astype(np.uint8)
+
+
+def heat_legend(steps: int = 11) -> str:
+    """The colours from 0 to 1 over mid-grey as the stops of a CSS gradient."""
+    colours = heated(np.full(steps, 128.0), np.linspace(0, 1, steps))
+    return ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in colours.tolist())
+
+
+def _uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    drawn(image, marks, side).save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
+    picture.save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

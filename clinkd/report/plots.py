@@ -26,6 +26,10 @@ INK = "#010203"
 SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04")  # var(--s1) … var(--s4)
 MOST_POINTS = 300
 MOST_CURVES = 12
+MOST_SQUARES = 400
+
+Lines = tuple[np.ndarray, np.ndarray]
+"""Something of each row, and of each column."""
 
 
 @dataclass(frozen=True)
@@ -91,24 +95,72 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
     return _svg(figure, name, f"{y_label} over steps. {said}")
 
 
-def position_map(name: str, layout: Layout, extent: float, said: str) -> str:
-    """Height (down) against width position: dots are text, squares patches, triangles text after them."""
+def position_map(
+    name: str, layout: Layout, merged: tuple[int, int], window: tuple[float, float], said: str
+) -> str:
+    """Height (down) against width position: dots are text, squares patches, triangles text after them.
+
+    An image of many patches is drawn as the mesh of its ``merged`` rows and columns: a square for each would
+    make the page heavy and the squares one.
+    """
     figure, axes = _figure(3.1, 3.1)
+    low, high = window
+    point = 2.4 * 72 / (high - low + 2)  # of a position's unit on paper, about
+    many = merged[0] * merged[1] > MOST_SQUARES
+    if many:
+        _, heights, widths = layout.vision.reshape(3, *merged)
+        _mesh(axes, heights[:, 0], widths[0], SERIES[1])
     for part, colour, marker in (
         (layout.before, SERIES[0], "o"),
-        (layout.vision, SERIES[1], "s"),
+        (layout.vision[:, : 0 if many else None], SERIES[1], "s"),
         (layout.after, SERIES[2], "^"),
     ):
-        axes.scatter(part[2], part[1], s=16, c=colour, marker=marker, linewidths=0)
-    axes.set_xlim(-1, extent + 1)
-    axes.set_ylim(extent + 1, -1)
+        seen = part[:, (part[1:].min(0) >= low) & (part[1:].max(0) <= high)]
+        side = min(4.0, max(1.0, 0.65 * point))
+        axes.scatter(seen[2], seen[1], s=side**2, c=colour, marker=marker, linewidths=0)
+    axes.set_xlim(low - 1, high + 1)
+    axes.set_ylim(high + 1, low - 1)
     axes.set_aspect("equal")
     axes.set_xlabel("width position")
     axes.set_ylabel("height position")
     return _svg(figure, name, said)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def spacing(name: str, even: Lines, guided: Lines, means: Lines, said: str) -> str:
+    """Two meshes on one scale, each line a row or a column; beside the guided one its ``means`` as bars.
+
+    Args:
+        even, guided: places of the rows and of the columns, from 0.
+        means: each row's and column's mean relevance in [0, 1].
+    """
+    figure, panels = _figure(5.6, 2.9, panels=2)
+    extent = max(float(places[-1]) for lines in (even, guided) for places in lines) or 1.0
+    bar = 0.22 * extent  # of relevance 1
+    for axes, lines, title in zip(panels, (even, guided), ("even spacing", "patch guidance"), strict=True):
+        _mesh(axes, *lines, SERIES[1])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(-0.06 * extent - bar, 1.06 * extent)
+        axes.set_ylim(1.06 * extent, -0.06 * extent - bar)
+        axes.set_aspect("equal")
+        axes.grid(visible=False)
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("columns", fontsize=9)
+    start = -0.05 * extent
+    thick = min(3.0, 90 / max(map(len, guided)))
+    for places, rho, draw in ((guided[0], means[0], "hlines"), (guided[1], means[1], "vlines")):
+        getattr(panels[1], draw)(places, start, start - bar * rho, colors=SERIES[3], linewidth=thick)
+    panels[0].set_ylabel("rows", fontsize=9)
+    return _svg(figure, name, said)
+
+
+def _mesh(axes: Any, rows: np.ndarray, columns: np.ndarray, colour: str) -> None:
+    """Lines through the rows and columns; of one alone, as long as the other is wide."""
+    width = min(1.2, 60 / max(len(rows), len(columns)))
+    axes.hlines(rows, columns[0], columns[-1], colors=colour, linewidth=width)
+    axes.vlines(columns, rows[0], rows[-1], colors=colour, linewidth=width)
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -131,7 +183,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     with rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_visible(False)
-        return figure, figure.add_subplot()
+        return figure, figure.subplots(1, panels)
 
 
 def _svg(figure: Any, name: str, said: str) -> str:

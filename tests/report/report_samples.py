@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from clinkd.data.boxes import format_box, iou, parse_boxes
 from clinkd.data.phantoms import NAMES, PhantomSpec, draw
 from clinkd.data.records import MODALITIES, Record, sample_id
+from clinkd.data.regions import coverage
 from clinkd.report.html import ReportInputs
 
 SPEC = PhantomSpec(images=32, seed=5)
@@ -84,6 +86,32 @@ def feedback_of(rows: Iterable[dict[str, Any]], rng: np.random.Generator) -> lis
                 "chosen": best["text"] if best else truth,
                 "source": "candidate" if best else "truth",
                 "round": 1 + len(found) % 2,
+            }
+        )
+    return found
+
+
+def guide_samples_of(drawn: Iterable[tuple[bytes, Record]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """What a fair guide would say of each image's first grounding question: blurred truth and some noise."""
+    found = []
+    for number, (_, record) in enumerate(drawn):
+        index, turn = next((i, turn) for i, turn in enumerate(record.turns) if turn.task == "vg")
+        grid = (4, 4) if number % 2 else (7, 7)
+        truth = coverage(tuple(parse_boxes(turn.answer)), *grid).reshape(grid)
+        blurred = ndimage.gaussian_filter(truth, 0.6)
+        relevance = 0.9 * blurred / blurred.max() + 0.1 * rng.random(grid)
+        found.append(
+            {
+                "sample": sample_id(record.id, index),
+                "image": record.image,
+                "question": turn.question,
+                "task": turn.task,
+                "alignment": float(0.3 + 0.7 * rng.random()),
+                "relevance": relevance.ravel().tolist(),
+                "grid": list(grid),
+                "merged": [8, 8],
+                "before": 15,
+                "after": 32,
             }
         )
     return found
@@ -180,7 +208,8 @@ def whole_run(**changes: Any) -> ReportInputs:
         "config": "run:\n  name: tiny\nmodel:\n  lambda: 2.0\n",
         "versions": {"ray": "2.60", "torch": "2.10"},
         "stages": stages,
-        "guide": {"retrieval_at_1": 0.41, "chance": 0.03},
+        "guide": {"retrieval_at_1": 0.41, "chance": 0.03, "regions": 120, "patch_auc": 0.91},
+        "guide_samples": guide_samples_of(drawn[:10], rng),
         "sweep": [
             {
                 "trial": i,
@@ -197,8 +226,8 @@ def whole_run(**changes: Any) -> ReportInputs:
             "lambda_w": 3.0,
             "alpha_h": 1.0,
             "alpha_w": 1.5,
-            "gamma": 0.25,
-            "score": 0.4,
+            "gamma": 0.8,
+            "mode": "patch",
         },
     }
     return ReportInputs(**{**given, **changes})
