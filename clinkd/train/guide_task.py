@@ -1,10 +1,9 @@
 """What the guide trains on: the regions of an image and the phrases that speak of them.
 
 Decisions:
-- A class name (ROC's answer) is held against all class names of the batch, at the patches of its
-  region. A longer
-  text (VG's question, RC's answer) is held against the patches of its own image: others may well show
-  the same.
+- A class name (ROC's answer) is held against all class names of the batch, at the patches of its region. A
+  longer text (VG's question, RC's answer) is held against the patches of its own image: others may well
+  show the same.
 - A patch belongs to the region that covers most of it, at least 30%; a region that covers no patch so
   far has the one it covers most.
 - Of a record with several images the first takes part: no box may say in which of them it lies, so there
@@ -15,8 +14,9 @@ Decisions:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from clinkd.data.regions import Pair, coverage, covered, region_pairs
 from clinkd.model.tiny_guide import TinyGuide
 from clinkd.train.ledger import Group
-from clinkd.train.tasks import SupervisedTask
+from clinkd.train.tasks import SupervisedTask, VqaSpec
 
 TEXT_WEIGHT, HEADS_WEIGHT, BAG_WEIGHT = 0.1, 1.0, 0.5
 
@@ -66,8 +66,27 @@ class GuideLoss(nn.Module):
         return {"loss": loss, "name": name, "boxes": boxes, "bag": bag, "text": text}
 
 
+class Taught(NamedTuple):
+    """What one image teaches."""
+
+    cells: int  # merged patches
+    phrases: list[str]  # all of them, in order
+    names: list[str]  # those that are class names
+    regions: list[int]  # patches that lie in a named region, with its name and its box's number tokens
+    owners: list[str]
+    numbers: list[list[int]]
+    spoken: list[tuple[str, np.ndarray]]  # longer texts and the patches they speak of, box by box
+
+
 class GuideTask(SupervisedTask):
     """Whole records: every region of an image with every phrase."""
+
+    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
+        super().__init__(rows, scratch, spec, zero_stage)
+        # Of records, phrases and coordinates: each is dealt many times and always the same.
+        self._kept: dict[int, Taught] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._written: dict[int, int] = {}
 
     def build(self) -> nn.Module:
         model = self.load()
@@ -80,41 +99,60 @@ class GuideTask(SupervisedTask):
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         records = list(dict.fromkeys(record for record, _ in groups))
-        pairs = [region_pairs(self.table.turns(record)) for record in records]
-        texts = list(dict.fromkeys(pair.phrase for found in pairs for pair in found))
-        names = list(dict.fromkeys(pair.phrase for found in pairs for pair in found if pair.name))
         shown = [_first(*self.images[record]) for record in records]
-        grids = [(grid // torch.tensor([1, 2, 2])).tolist() for _, grid in shown]
-        targets = [_targets(found, texts, names, grid) for found, grid in zip(pairs, grids, strict=True)]
-        sizes = [rows * columns for _, rows, columns in grids]
-        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        taught = [self._taught(record, grid) for record, (_, grid) in zip(records, shown, strict=True)]
+        texts = {text: at for at, text in enumerate(dict.fromkeys(t for one in taught for t in one.phrases))}
+        names = {name: at for at, name in enumerate(dict.fromkeys(n for one in taught for n in one.names))}
+        offsets = np.concatenate([[0], np.cumsum([one.cells for one in taught])]).tolist()
+        labels = np.zeros((offsets[-1], max(1, len(texts))), np.float32)
+        known = np.zeros_like(labels)
+        for at, one in zip(offsets, taught, strict=False):
+            for text, cells in one.spoken:
+                labels[at + cells, texts[text]] = 1
+                known[at : at + one.cells, texts[text]] = 1
+        regions = [at + cell for at, one in zip(offsets, taught, strict=False) for cell in one.regions]
+        owners = [names[name] for one in taught for name in one.owners]
+        numbers = [tokens for one in taught for tokens in one.numbers]
+        ids, mask = self._phrases(list(texts) or [""])
         inputs = {
             "pixel_values": torch.cat([values for values, _ in shown]),
             "image_grid_thw": torch.stack([grid for _, grid in shown]),
-        }
-        ids = self.tokenizer([f" {text}" for text in texts] or [" "], padding=True, padding_side="right",
-                             return_tensors="pt")  # fmt: skip
-        owners = [owner for target in targets for owner in target["owners"]]
-        numbers = [[self._number(value) for value in box] for target in targets for box in target["boxes"]]
-        regions = [
-            int(at) + patch
-            for at, target in zip(offsets, targets, strict=True)
-            for patch in target["regions"]
-        ]
-        inputs |= {
-            "phrase_ids": ids["input_ids"], "phrase_mask": ids["attention_mask"],
-            "names": torch.tensor([texts.index(name) for name in names], dtype=torch.long),
+            "phrase_ids": ids, "phrase_mask": mask,
+            "names": torch.tensor([texts[name] for name in names], dtype=torch.long),
             "regions": torch.tensor(regions, dtype=torch.long),
             "owners": torch.tensor(owners, dtype=torch.long),
             "numbers": torch.tensor(numbers, dtype=torch.long).reshape(-1, 4),
-            "labels": torch.from_numpy(np.concatenate([target["labels"] for target in targets])),
-            "known": torch.from_numpy(np.concatenate([target["known"] for target in targets])),
+            "labels": torch.from_numpy(labels), "known": torch.from_numpy(known),
         }  # fmt: skip
         return inputs, max(1, len(regions))
 
+    def _taught(self, record: int, grid: Tensor) -> Taught:
+        """What a record teaches; the same each time it is dealt, so made once."""
+        if record not in self._kept:
+            _, rows, columns = (grid // torch.tensor([1, 2, 2])).tolist()
+            self._kept[record] = _taught(region_pairs(self.table.turns(record)), rows, columns, self._number)
+        return self._kept[record]
+
+    def _phrases(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of phrases, padded on the right, and their mask; [P, L] each."""
+        for text in texts:
+            if text not in self._tokens:
+                # A leading space: the tokens of words inside a sentence.
+                self._tokens[text] = self.tokenizer(f" {text}")["input_ids"]
+        found = [self._tokens[text] for text in texts]
+        longest = max(len(tokens) for tokens in found)
+        ids = torch.full((len(found), longest), self.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(found):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
     def _number(self, value: int) -> int:
         """The (first) token that writes a coordinate."""
-        return int(self.tokenizer.encode(str(value), add_special_tokens=False)[0])
+        if value not in self._written:
+            self._written[value] = int(self.tokenizer.encode(str(value), add_special_tokens=False)[0])
+        return self._written[value]
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """A model folder with the trained tower and embeddings, and the guide's own weights beside it."""
@@ -135,25 +173,24 @@ def _first(values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
     return values[: int(grids[0].prod())], grids[0]
 
 
-def _targets(pairs: list[Pair], texts: list[str], names: list[str], grid: list[int]) -> dict[str, Any]:
-    """One image: its patches in regions with owner and box, and its long texts' patches."""
-    _, rows, columns = grid
-    labels = np.zeros((rows * columns, max(1, len(texts))), np.float32)
-    known, best = np.zeros_like(labels), np.zeros(rows * columns, np.float32)
-    found: dict[int, tuple[int, tuple[int, ...]]] = {}
+def _taught(pairs: list[Pair], rows: int, columns: int, number: Callable[[int], int]) -> Taught:
+    """One image: its patches in regions with name and box, and its long texts' patches."""
+    best = np.zeros(rows * columns, np.float32)
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}
+    spoken: list[tuple[str, np.ndarray]] = []
     for pair in pairs:
         for box in pair.boxes:
             share = coverage((box,), rows, columns)
             mine = covered(share)
             if pair.name:
                 for patch in np.flatnonzero(mine & (share > best)).tolist():
-                    best[patch], found[patch] = share[patch], (names.index(pair.phrase), box)
+                    best[patch], found[patch] = share[patch], (pair.phrase, box)
             else:
-                labels[mine, texts.index(pair.phrase)] = 1
-        if not pair.name:
-            known[:, texts.index(pair.phrase)] = 1
+                spoken.append((pair.phrase, np.flatnonzero(mine)))
     ordered = sorted(found.items())
-    return {
-        "regions": [patch for patch, _ in ordered], "owners": [owner for _, (owner, _) in ordered],
-        "boxes": [box for _, (_, box) in ordered], "labels": labels, "known": known,
-    }  # fmt: skip
+    return Taught(
+        cells=rows * columns, phrases=[pair.phrase for pair in pairs],
+        names=[pair.phrase for pair in pairs if pair.name], regions=[patch for patch, _ in ordered],
+        owners=[name for _, (name, _) in ordered],
+        numbers=[[number(value) for value in box] for _, (_, box) in ordered], spoken=spoken,
+    )  # fmt: skip
