@@ -51,7 +51,7 @@ def images(grids: list[list[int]], seed: int = 5) -> tuple[torch.Tensor, torch.T
 
 
 def asked(tokenizer: Any, mode: str = "none") -> dict[str, torch.Tensor]:
-    """Three questions with answers, an image of its own shape for each, and the scores that ``mode`` wants."""
+    """Three questions with answers, each about an image of its own shape, and the scores of ``mode``."""
     pixels, grid = images([[1, 4, 6], [1, 6, 4], [1, 4, 8]])
     questions = ["Where is the liver?", "What is at <box>(1,2),(30,400)</box>?", "Describe it."]
     rows = [

@@ -138,11 +138,11 @@ def test_checkpointing_changes_no_gradient(family, mode, tokenizer):
 def test_flash_attention_is_chosen_where_it_can_run_and_refused_where_not():
     assert attention_kernel("auto", torch.float32) is None
     assert attention_kernel("eager", torch.bfloat16) == "eager"
-    with pytest.raises(ValueError, match="needs bfloat16 .* not float32"):
+    with pytest.raises(ValueError, match=r"needs bfloat16 .* not float32"):
         attention_kernel("flash_attention_2", torch.float32)
     with pytest.raises(ValueError, match="none of auto, eager, sdpa, flash_attention_2"):
         attention_kernel("flash", torch.float32)
     if not torch.cuda.is_available():
         assert attention_kernel("auto", torch.bfloat16) is None
-        with pytest.raises(ValueError, match="flash_attention_2 needs a CUDA GPU; choose auto, sdpa or eager"):
+        with pytest.raises(ValueError, match="needs a CUDA GPU; choose auto, sdpa or eager"):
             attention_kernel("flash_attention_2", torch.bfloat16)
