@@ -10,16 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from clinkd.config_model import LoraSection as LoraSection
+from clinkd.config_model import ModelSection, Section, TeacherSection
+from clinkd.config_model import TinySection as TinySection
+from clinkd.config_model import VisionSection as VisionSection
 from clinkd.reading import ConfigError, merge, read_value, read_yaml
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunSection(Section):
@@ -80,78 +80,6 @@ class FeedSection(Section):
         if self.mode == "table" and (self.pack_tokens is not None or self.conversations):
             raise ValueError("pack_tokens and conversations need mode: stream")
         return self
-
-
-class TinySection(Section):
-    """Sizes of a model made here; ignored where a path is given."""
-
-    hidden: int = Field(128, ge=32, multiple_of=16)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    mlp: int = Field(384, ge=32)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> TinySection:
-        if self.hidden % (8 * self.heads):
-            raise ValueError(f"hidden ({self.hidden}) must be a multiple of 8 x heads ({self.heads})")
-        return self
-
-
-class VisionSection(Section):
-    """The vision tower of models made here; teacher, student and guide share its shape."""
-
-    hidden: int = Field(64, ge=16, multiple_of=16)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(2, ge=1)
-    patch: int = Field(8, ge=4)
-    image_size: int = Field(112, ge=28)
-
-
-class ModelSection(Section):
-    """The student, and what teacher and student have in common."""
-
-    path: str | None = Field(
-        None, description="folder of a Qwen2-VL checkpoint for the student; none: made here"
-    )
-    tiny: TinySection = TinySection()
-    vision: VisionSection = VisionSection()
-    vocab_size: int = Field(1024, ge=300, description="most tokens of a tokenizer made here")
-    init: Literal["teacher_layers", "random"] = Field(
-        "teacher_layers",
-        description="a student made here starts from evenly chosen layers of the teacher, or from nothing",
-    )
-    train_vision: bool = Field(
-        False, description="train the student's vision tower too (the paper freezes it)"
-    )
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    min_pixels: int | None = Field(
-        None,
-        ge=1,
-        description="smallest area that images are resized to, for student and teacher; none: as the model's "
-        "preprocessor_config.json says (Qwen2-VL's released inference: 200704, which is 256 x 28 x 28)",
-    )
-    max_pixels: int | None = Field(
-        None,
-        ge=1,
-        description="largest area that images are resized to; none: as preprocessor_config.json says "
-        "(released inference: 1003520, which is 1280 x 28 x 28)",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ModelSection:
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
-        return self
-
-
-class TeacherSection(Section):
-    """The teacher: a checkpoint by path, or a model trained here."""
-
-    path: str | None = Field(
-        None, description="folder of the teacher's checkpoint; none: the stage teacher trains one"
-    )
-    tiny: TinySection = TinySection(layers=4)
-    train_vision: bool = True
 
 
 class RopeSection(Section):
@@ -298,7 +226,7 @@ class SweepSection(Section):
     metric: str = Field(
         "score", description="what to maximise: score (mean of vg and roc), vg (Recall@0.5) or roc (recall)"
     )
-    space: dict[str, ParameterSpace] = {}
+    space: dict[str, ParameterSpace] = Field({}, description="dotted keys of this configuration")
 
 
 class RunConfig(Section):
@@ -371,7 +299,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        inner = values.setdefault(parent, {})
+        inner = values[parent] = {} if values.get(parent) is None else values[parent]
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {parent} is not a section")
         values = inner
@@ -395,7 +323,8 @@ def _keys_beside(location: tuple[Any, ...]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
-        model = field.annotation
+        model = next((kind for kind in get_args(field.annotation) if hasattr(kind, "model_fields")),
+                     field.annotation)  # fmt: skip
     return list(getattr(model, "model_fields", {}))
 
 

@@ -1,15 +1,8 @@
-"""Qwen2-VL with guided rotary positions.
+"""ClinKD's models: Qwen2-VL and Qwen2.5-VL with guided rotary positions, in and out of folders.
 
 Decisions:
-- The guidance is a plain dict ``rope_guidance`` on Qwen2-VL's own config: saving and loading keep it, and a
-  saved folder (architecture and tensor names are Qwen2-VL's) still opens in plain transformers, which then
-  lays images out as M-RoPE.
-- Positions are worked out where the base class does it, from ``input_ids`` and grids alone:
-  ``mm_token_type_ids`` is accepted and not needed.
-- During generation positions travel as float64 and are cast to float32 by the rotary embedding, so that "last
-  position + 1", which is how transformers continues them, rounds like ``text position + delta``.
-- Only three axes are handed on, never a fourth for text: masks come from ``attention_mask``. Packed rows
-  bring all four of their own (``conversation.packed_positions``), and no mask.
+- A folder says by its ``model_type`` which family it is; all else (``guided``) the families share.
+- Qwen2.5-VL's videos step by seconds: they are refused, its images are laid out as Qwen2-VL's.
 - The vision tower's blocks and patch embedding may be frozen, its merger never (it speaks the language
   model's language).
 """
@@ -17,307 +10,106 @@ Decisions:
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from clinkd.model.rope import RopeGuidance, guided_rope_index
+from clinkd.model.attention import attention_kernel
+from clinkd.model.guided import ClinKDForConditionalGeneration, GuidedTrunk, guidance_of
+from clinkd.model.lora import is_adapted
+from clinkd.model.rope import RopeGuidance
+
+__all__ = [
+    "ClinKDForConditionalGeneration", "ClinKDQwen2VL", "ClinKDQwen2_5_VL", "guidance_of", "load_model",
+    "model_class", "new_model", "save_model", "set_trainable",
+]  # fmt: skip
 
 _PUBLISHED_NAMES = {
     r"^visual": "model.visual",
     r"^model(?!\.(language_model|visual))": "model.language_model",
 }
-"""Weights' names in Qwen2-VL's published folders, and in what plain transformers saves, to the module's own.
+"""Weights' names in the published folders, and in what plain transformers saves, to the module's own.
 
 transformers renames them for its own classes alone, and starts at random what it does not find.
 """
 
 
-def guidance_of(config: Any) -> RopeGuidance:
-    """The guidance a config carries; M-RoPE where it carries none."""
-    return RopeGuidance(**(getattr(config, "rope_guidance", None) or {}))
+class ClinKDQwen2VLModel(GuidedTrunk, Qwen2VLModel):  # type: ignore[misc]
+    pass
 
 
-class ClinKDModel(Qwen2VLModel):
-    """Qwen2-VL's trunk; positions follow ``config.rope_guidance``."""
-
-    if TYPE_CHECKING:  # transformers reads a class's annotation of config as its config_class
-        config: Any
-        rope_deltas: Any
-
-    def get_rope_index(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        mm_token_type_ids: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        alignment: Tensor | None = None,
-        relevance: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Positions float32 [3, B, L] and deltas float64 [B, 1]; see ``guided_rope_index``."""
-        return guided_rope_index(
-            input_ids,
-            image_grid_thw,
-            attention_mask,
-            guidance=guidance_of(self.config),
-            image_token_id=self.config.image_token_id,
-            vision_start_token_id=self.config.vision_start_token_id,
-            spatial_merge_size=self.config.vision_config.spatial_merge_size,
-            video_token_id=self.config.video_token_id,
-            video_grid_thw=video_grid_thw,
-            alignment=alignment,
-            relevance=relevance,
-        )
-
-    def compute_3d_position_ids(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        mm_token_type_ids: Tensor | None = None,
-        alignment: Tensor | None = None,
-        relevance: Tensor | None = None,
-    ) -> Tensor | None:
-        """Positions of a first pass (and the deltas, which are kept), or of tokens behind a cache.
-
-        None, which the text model reads as 0, 1, 2, …, where there is nothing but embeddings to go by.
-        """
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past == 0 and input_ids is not None:
-            positions, self.rope_deltas = self.get_rope_index(
-                input_ids,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
-                attention_mask=attention_mask,
-                alignment=alignment,
-                relevance=relevance,
-            )
-            return positions
-        if past == 0 or self.rope_deltas is None:
-            return None
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        rows, length = given.shape[:2]
-        if attention_mask is not None:
-            text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        else:
-            text = torch.arange(past, past + length, device=given.device).expand(rows, -1)
-        deltas = self.rope_deltas.repeat_interleave(rows // len(self.rope_deltas), dim=0)
-        return (text + deltas.to(text.device)).float().expand(3, -1, -1)
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        alignment: Tensor | None = None,
-        relevance: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if position_ids is None:
-            position_ids = self.compute_3d_position_ids(
-                input_ids,
-                inputs_embeds,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                alignment=alignment,
-                relevance=relevance,
-            )
-        if position_ids is None:  # embeddings alone: keep the base class from reading stale deltas
-            self.rope_deltas = None
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            **kwargs,
-        )
+class ClinKDQwen2VL(ClinKDForConditionalGeneration, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    plain = Qwen2VLForConditionalGeneration
+    trunk = ClinKDQwen2VLModel
 
 
-class ClinKDForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL whose ``forward`` and ``generate`` also take the guide's scores.
+class ClinKDQwen2_5_VLModel(GuidedTrunk, Qwen2_5_VLModel):  # type: ignore[misc]
+    videos = False
 
-    ``alignment`` is [B, 1] (or None), ``relevance`` [merged image patches of the batch] (or None), both as in
-    ``guided_rope_index``, which raises ValueError where the guidance asks for scores that are missing.
+
+class ClinKDQwen2_5_VL(ClinKDForConditionalGeneration, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    plain = Qwen2_5_VLForConditionalGeneration
+    trunk = ClinKDQwen2_5_VLModel
+
+
+FAMILIES: dict[str, type[ClinKDForConditionalGeneration]] = {
+    "qwen2_vl": ClinKDQwen2VL,
+    "qwen2_5_vl": ClinKDQwen2_5_VL,
+}
+"""By the ``model_type`` of a config."""
+
+
+def model_class(config: Any, where: Path | str = "a config") -> type[ClinKDForConditionalGeneration]:
+    """The class for ``config``.
+
+    Raises:
+        ValueError: another family.
     """
-
-    if TYPE_CHECKING:
-        config: Any
-
-    def __init__(self, config: Any) -> None:
-        # Past the parent, whose own trunk would be built only to be thrown away.
-        super(Qwen2VLForConditionalGeneration, self).__init__(config)
-        self.model = ClinKDModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward_hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        image_grid_thw: Tensor,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_index: Tensor | None = None,
-        alignment: Tensor | None = None,
-        relevance: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states, one vision tower pass per distinct image.
-
-        Args:
-            input_ids, attention_mask: [B, L].
-            image_grid_thw: [images, 3] of the distinct images.
-            pixel_values: [patches, values] of the distinct images; or else
-            image_features: [merged patches, H] of the distinct images, as the merger gives them.
-            image_index: [vision segments] the image of each segment of the batch, mostly one a row; None:
-                segment i shows image i. Images that no segment shows run through the tower all the same,
-                with weight 0, so that every rank of a sharded model does the same work.
-            alignment: [B, 1]. relevance: [merged patches over the segments].
-            position_ids: [4, B, L] of packed rows (``conversation.packed_positions``), without an
-                attention_mask; None: from the ids.
-
-        Returns:
-            [B, L, H], after the last norm; ``lm_head`` makes logits of it.
-
-        Raises:
-            ValueError: neither or both of pixel_values and image_features, or scores missing.
-        """
-        images: dict[str, Any] = {}
-        unseen, shape = None, input_ids.shape
-        if position_ids is not None and "flash" in str(self.config.text_config._attn_implementation):
-            # It tells packed documents apart in a batch of one alone; laid end to end, rows stay documents.
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(4, 1, -1)
-        if image_index is None or len(image_index):
-            outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
-            images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
-        else:
-            unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
-        hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            alignment=alignment,
-            relevance=relevance,
-            **images,
-        ).last_hidden_state.view(*shape, -1)
-        return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
-
-    def encode_images(
-        self,
-        image_grid_thw: Tensor,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_index: Tensor | None = None,
-    ) -> tuple[dict[str, BaseModelOutputWithPooling], Tensor]:
-        """``mm_encoder_outputs`` and grids [segments, 3] of segments that show ``image_index``; see above."""
-        parts = self._image_parts(image_grid_thw, pixel_values, image_features)
-        grids = image_grid_thw
-        if image_index is not None:
-            parts = tuple(parts[image] for image in image_index.tolist())
-            grids = image_grid_thw[image_index.to(image_grid_thw.device)]
-        return {"image": BaseModelOutputWithPooling(pooler_output=tuple(parts))}, grids  # type: ignore[arg-type]
-
-    def _image_parts(
-        self, image_grid_thw: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """[merged patches, H] of each distinct image."""
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("clinkd model: give either pixel_values or image_features")
-        if image_features is None:
-            return tuple(self.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
-        merge = self.config.vision_config.spatial_merge_size
-        return image_features.split((image_grid_thw.prod(-1) // merge**2).tolist())
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        alignment: Tensor | None = None,
-        relevance: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Lets the scores through ``generate``; the positions made from them come in ``kwargs``."""
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
-
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
-    ) -> Tensor:
-        """float64 [3, B, L] positions of the prompt, or of what stands behind a cache."""
-        text = super(Qwen2VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
-            inputs_tensor, model_kwargs
-        )
-        given = model_kwargs.get("input_ids")
-        ids = given if given is not None and given.shape[1] > 0 else inputs_tensor
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0 and self.model.rope_deltas is not None:
-            return (text + self.model.rope_deltas).expand(3, -1, -1)
-        if ids.ndim != 2:  # embeddings: nothing tells where images stand
-            self.model.rope_deltas = None
-            return text.double().expand(3, ids.shape[0], -1)
-        names = ("image_grid_thw", "video_grid_thw", "attention_mask", "alignment", "relevance")
-        positions, deltas = self.model.get_rope_index(ids, **{name: model_kwargs.get(name) for name in names})
-        self.model.rope_deltas = deltas
-        positions = positions.double()
-        positions[:, :, -1] = text[:, -1] + deltas[:, 0]  # unrounded: what follows is counted from here
-        return positions
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers does, under the name of the base class, which every tool knows."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "config.json"
-        if path.exists():
-            content = json.loads(path.read_text())
-            content["architectures"] = [Qwen2VLForConditionalGeneration.__name__]
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(f"clinkd model: {where} is of type {kind!r}; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
 
 
-def new_model(config: Qwen2VLConfig, guidance: RopeGuidance) -> ClinKDForConditionalGeneration:
-    """A model with random weights (torch's global generator) from a copy of ``config``."""
+def new_model(config: Any, guidance: RopeGuidance) -> ClinKDForConditionalGeneration:
+    """A model with random weights (torch's global generator) from a copy of ``config``, of its family.
+
+    Raises:
+        ValueError: see ``model_class``.
+    """
     config = copy.deepcopy(config)
     config.rope_guidance = asdict(guidance)
-    return ClinKDForConditionalGeneration(config)
+    return model_class(config)(config)
 
 
 def load_model(
-    path: Path | str, guidance: RopeGuidance | None = None, dtype: torch.dtype = torch.float32
+    path: Path | str,
+    guidance: RopeGuidance | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    attention: str = "auto",
+    runs_in: torch.dtype | None = None,
 ) -> ClinKDForConditionalGeneration:
-    """A model from a Hugging Face folder, ours or Qwen2-VL's.
+    """A model from a Hugging Face folder, ours or the family's.
 
     Args:
         guidance: takes the place of the folder's; None: the folder's own, M-RoPE where it has none.
+        attention: the kernel, see ``attention_kernel``; runs_in: what the model is cast to afterwards.
 
     Raises:
-        ValueError: weights that the folder has not; transformers alone would start them at random.
+        ValueError: another family; weights that the folder has not (transformers alone would start them at
+            random); a kernel that is not there.
     """
-    loaded: Any = ClinKDForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, key_mapping=_PUBLISHED_NAMES, output_loading_info=True
-    )
+    config = AutoConfig.from_pretrained(path)
+    loaded: Any = model_class(config, path).from_pretrained(
+        path, dtype=dtype, key_mapping=_PUBLISHED_NAMES, output_loading_info=True,
+        attn_implementation=attention_kernel(attention, runs_in or dtype),
+    )  # fmt: skip
     model, found = loaded
     if found["missing_keys"]:
         few = ", ".join(sorted(found["missing_keys"])[:3])
@@ -338,61 +130,15 @@ def save_model(
 
 
 def set_trainable(model: ClinKDForConditionalGeneration, train_vision: bool) -> None:
-    """Freezes the vision tower's blocks and patch embedding unless ``train_vision``; all else trains."""
+    """Decides what trains.
+
+    The merger does always; the vision tower's blocks and patch embedding only with ``train_vision``; the
+    text model wholly, or where it has adapters (``lora.add_adapters``) these alone.
+    """
     model.requires_grad_(True)
     for part in (model.model.visual.patch_embed, model.model.visual.blocks):
         part.requires_grad_(train_vision)
-
-
-def kept_layers(teacher_layers: int, layers: int) -> list[int]:
-    """``layers`` of the teacher's, evenly spread from the first to the last.
-
-    Raises:
-        ValueError: fewer than one, or more than the teacher has.
-    """
-    if not 1 <= layers <= teacher_layers:
-        raise ValueError(f"student: {layers} layers from a teacher of {teacher_layers}")
-    if layers == 1:
-        return [0]
-    return [round(number * (teacher_layers - 1) / (layers - 1)) for number in range(layers)]
-
-
-def student_from_teacher(
-    teacher: ClinKDForConditionalGeneration, layers: int, mlp: int | None = None
-) -> ClinKDForConditionalGeneration:
-    """A student cut out of its teacher: ``layers`` of its text layers, ``mlp`` neurons in each, all the rest.
-
-    Of a layer's neurons those stay whose weights are largest (the product of their three norms).
-
-    Raises:
-        ValueError: see ``kept_layers``; or more neurons than the teacher has.
-    """
-    kept = kept_layers(teacher.config.text_config.num_hidden_layers, layers)
-    width = teacher.config.text_config.intermediate_size
-    if mlp is not None and not 1 <= mlp <= width:
-        raise ValueError(f"student: {mlp} neurons from a teacher's MLP of {width}")
-    config = copy.deepcopy(teacher.config)
-    config.text_config.num_hidden_layers = layers
-    config.text_config.intermediate_size = mlp or width
-    if config.text_config.layer_types is not None:
-        config.text_config.layer_types = [config.text_config.layer_types[number] for number in kept]
-    student = ClinKDForConditionalGeneration(config)
-    nn.Module.to(student, teacher.device, teacher.dtype)
-    prefix = "model.language_model.layers."
-    state = {name: value for name, value in teacher.state_dict().items() if not name.startswith(prefix)}
-    student.load_state_dict(state, strict=False)
-    for number, source in enumerate(kept):
-        layer = teacher.model.language_model.layers[source]
-        student.model.language_model.layers[number].load_state_dict(_fewer_neurons(layer, mlp or width))
-    return student
-
-
-def _fewer_neurons(layer: nn.Module, count: int) -> dict[str, Tensor]:
-    """A text layer's weights with the ``count`` largest neurons of its MLP, in their order."""
-    state = dict(layer.state_dict())
-    gate, up, down = (state[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    size = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
-    chosen = size.topk(count).indices.sort().values
-    state["mlp.gate_proj.weight"], state["mlp.up_proj.weight"] = gate[chosen], up[chosen]
-    state["mlp.down_proj.weight"] = down[:, chosen]
-    return state
+    if is_adapted(model):
+        for part in (model.model.language_model, model.lm_head):
+            for name, parameter in part.named_parameters():
+                parameter.requires_grad_(".lora_" in name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import IO, Any
 from clinkd import storage
 from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
+from clinkd.data.codec import MODEL_SPELLING
 from clinkd.progress import Progress
 
 
@@ -117,7 +119,11 @@ def check_inputs(config: RunConfig) -> None:
 
     for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
         if path is not None and not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL checkpoint")
+            raise ConfigError(
+                f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL or Qwen2.5-VL checkpoint"
+            )
+        if path is not None:
+            check_family(key, Path(path))
     if config.guide.path is not None and not Path(config.guide.path).is_dir():
         raise ConfigError(
             f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
@@ -128,6 +134,20 @@ def check_inputs(config: RunConfig) -> None:
         find_source(config.data.source, config.data.images)
     if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
         cluster.check_workers(config.compute.workers, config.compute.cpus_per_worker, cluster.real_cores())
+
+
+def check_family(key: str, path: Path) -> None:
+    """Refuses a checkpoint of a family that nothing here can load.
+
+    Raises:
+        ConfigError: its config.json is unreadable, or names another ``model_type``.
+    """
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{key}: {path}/config.json cannot be read ({error})") from None
+    if kind not in MODEL_SPELLING:
+        raise ConfigError(f"{key}: {path} is of type {kind!r}; supported are {', '.join(MODEL_SPELLING)}")
 
 
 def write_whole(path: Path, text: str) -> None:

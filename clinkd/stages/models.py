@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Draft
-from clinkd.config import RopeSection, RunConfig, TinySection
+from clinkd.config import LoraSection, RopeSection, RunConfig, TinySection
 from clinkd.data.scores import FILE
 from clinkd.stages.base import Run
 
@@ -54,7 +54,8 @@ def student_start(run: Run, draft: Draft) -> Path:
     if not (folder / "config.json").is_file():
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        from clinkd.model.clinkd_qwen2vl import load_model, save_model, student_from_teacher
+        from clinkd.model.clinkd_qwen2vl import load_model, save_model
+        from clinkd.model.students import student_from_teacher
 
         taught = teacher_folder(run)
         student = student_from_teacher(load_model(taught), model.tiny.layers, model.tiny.mlp)
@@ -93,10 +94,17 @@ def pixel_limits(config: RunConfig) -> dict[str, Any]:
     return {"pixels": limits} if any(limits) else {}
 
 
+def lora_settings(config: RunConfig) -> dict[str, Any]:
+    """The student's adapters, as a stage's settings; none where there are none."""
+    return {"lora": config.model.lora.model_dump()} if config.model.lora else {}
+
+
 def vqa_spec(
-    run: Run, start: Path, rope: RopeSection, *, train_vision: bool, coordinate_weight: float = 1.0
-) -> VqaSpec:
+    run: Run, start: Path, rope: RopeSection, *, train_vision: bool, coordinate_weight: float = 1.0,
+    lora: LoraSection | None = None,
+) -> VqaSpec:  # fmt: skip
     """How a stage trains the model in ``start``."""
+    from clinkd.model.lora import LoraOptions
     from clinkd.train.tasks import VqaSpec
 
     return VqaSpec(
@@ -105,4 +113,6 @@ def vqa_spec(
         gradient_checkpointing=run.config.compute.gradient_checkpointing, scores=scores(run, rope),
         coordinate_weight=coordinate_weight,
         min_pixels=run.config.model.min_pixels, max_pixels=run.config.model.max_pixels,
+        lora=LoraOptions(**lora.model_dump()) if lora else None, attention=run.config.model.attention,
+        bf16=run.config.compute.precision == "bf16",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.base import Run, write_whole
-from clinkd.stages.models import scores, teacher_folder, vqa_spec
+from clinkd.stages.models import lora_settings, scores, teacher_folder, vqa_spec
 from clinkd.stages.training import train, turn_counts
 
 
@@ -26,7 +26,7 @@ def reflect(run: Run) -> Artifact:
         "reflect": config.reflect.model_dump(), "rope": config.rope.model_dump(),
         "train_vision": config.model.train_vision, "seed": config.run.seed, "precision":
         config.compute.precision,
-    }  # fmt: skip
+    } | lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         model, counts = run.done["distill"].path / "model", {}
@@ -139,7 +139,7 @@ def _train_round(run: Run, draft: Draft, folder: Path, model: Path, number: int)
     feedback = dict(zip(table.column("sample").to_pylist(), table.column("chosen").to_pylist(), strict=True))
     spec = vqa_spec(
         run, model, config.rope, train_vision=config.model.train_vision,
-        coordinate_weight=config.reflect.optim.coordinate_weight,
+        coordinate_weight=config.reflect.optim.coordinate_weight, lora=config.model.lora,
     )  # fmt: skip
     share, zero = config.reflect.share, config.compute.zero_stage
     counts = train(

@@ -19,6 +19,7 @@ from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, OptimSection, RunConfig
 from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
+from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
 
@@ -133,14 +134,17 @@ def distill(run: Run) -> Artifact:
     """The student, from the teacher's cache."""
     config, options = run.config, run.config.distill
     settings = {
-        "distill": options.model_dump(), "model": config.model.model_dump(), "rope": config.rope.model_dump(),
-        "seed": config.run.seed, "precision": config.compute.precision,
-    }  # fmt: skip
+        "distill": options.model_dump(), "model": config.model.model_dump(exclude={"lora", "attention"}),
+        "rope": config.rope.model_dump(), "seed": config.run.seed, "precision": config.compute.precision,
+    } | models.lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.tasks import DistillSpec, DistillTask
 
-        spec = vqa_spec(run, student_start(run, draft), config.rope, train_vision=config.model.train_vision)
+        spec = vqa_spec(
+            run, student_start(run, draft), config.rope, train_vision=config.model.train_vision,
+            lora=config.model.lora,
+        )  # fmt: skip
         kept = {"a": options.a, "temperature": options.temperature, "divergence": options.divergence}
         learn = DistillSpec(str(run.done["label"].path), kept, options.start_quantile, options.end_quantile)
         zero = config.compute.zero_stage

@@ -52,6 +52,7 @@ def deepspeed_config(optim: OptimSection, compute: ComputeSection, zero_stage: i
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "bf16": {"enabled": compute.precision == "bf16"},
+        "fp16": {"auto_cast": False},  # it would halve what a module is given: positions, scores
         "steps_per_print": 10**9,
     }
     return merge(_read_base(compute.deepspeed), ours)

@@ -27,6 +27,7 @@ from clinkd.distill.losses import answer_loss, distill_loss
 from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
 from clinkd.model.guide import guide_inputs, merged_grids
+from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.ledger import Group
 from clinkd.train.pixels import load_processor
@@ -46,6 +47,9 @@ class VqaSpec:
     scores: str | None = None  # the guide's scores, when the guidance wants them
     min_pixels: int | None = None  # of a resized image; None: as the model's folder says
     max_pixels: int | None = None
+    lora: LoraOptions | None = None  # text layers train by adapters
+    attention: str = "auto"  # see model/attention.py
+    bf16: bool = False  # DeepSpeed runs it in bfloat16, whatever its weights come as
 
 
 class ImageStore:
@@ -132,7 +136,13 @@ class SupervisedTask:
         return self.table.turn_counts()
 
     def load(self) -> ClinKDForConditionalGeneration:
-        model = load_model(self.spec.model, self.spec.guidance, getattr(torch, self.spec.dtype))
+        dtype = getattr(torch, self.spec.dtype)
+        model = load_model(
+            self.spec.model, self.spec.guidance, dtype, attention=self.spec.attention,
+            runs_in=torch.bfloat16 if self.spec.bf16 else dtype,
+        )  # fmt: skip
+        if self.spec.lora is not None:
+            add_adapters(model, self.spec.lora)
         set_trainable(model, self.spec.train_vision)
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -190,13 +200,31 @@ class SupervisedTask:
         }
 
     def save(self, state: dict[str, Any], out: Path) -> None:
-        """Writes a plain Hugging Face folder; ``state`` is the loss module's."""
+        """Writes a plain Hugging Face folder; ``state`` is the loss module's.
+
+        Of adapters, it is the merged model; they themselves lie beside it, in ``adapter``.
+        """
         model = load_model(self.spec.model, self.spec.guidance, getattr(torch, self.spec.dtype))
         own = {key[len("model.") :]: value
                for key, value in state.items() if key.startswith("model.")}  # fmt: skip
-        own.setdefault("lm_head.weight", own["model.language_model.embed_tokens.weight"])
-        model.load_state_dict(own)
+        if self.spec.lora is None:
+            own.setdefault("lm_head.weight", own["model.language_model.embed_tokens.weight"])
+            model.load_state_dict(own)
+        else:
+            self._save_adapter(model, own, out.with_name("adapter"))
         save_model(model, self.tokenizer, self.processor, out)
+
+    def _save_adapter(self, model: ClinKDForConditionalGeneration, own: dict[str, Any], out: Path) -> None:
+        """Writes the adapters out of ``own`` and merges them into ``model``, which is the start.
+
+        What was frozen stays the start's, bit for bit, in whatever precision the engine ran it.
+        """
+        assert self.spec.lora is not None
+        add_adapters(model, self.spec.lora)
+        set_trainable(model, self.spec.train_vision)
+        model.load_state_dict({name: own[name] for name in trained_weights(model)}, strict=False)
+        save_adapter(model, self.spec.lora, self.spec.model, self.spec.train_vision, out)
+        merge_adapters(model)
 
 
 class DistillLossModule(AnswerLoss):

@@ -12,14 +12,13 @@ from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import (
     ClinKDForConditionalGeneration,
     guidance_of,
-    kept_layers,
     load_model,
     new_model,
     save_model,
     set_trainable,
-    student_from_teacher,
 )
 from clinkd.model.rope import RopeGuidance
+from clinkd.model.students import kept_layers, student_from_teacher
 
 torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=3, mlp=96, vision_hidden=32, vision_layers=2, image_size=48)

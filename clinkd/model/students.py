@@ -1,0 +1,63 @@
+"""Students cut out of their teachers."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from clinkd.model.guided import ClinKDForConditionalGeneration
+
+
+def kept_layers(teacher_layers: int, layers: int) -> list[int]:
+    """``layers`` of the teacher's, evenly spread from the first to the last.
+
+    Raises:
+        ValueError: fewer than one, or more than the teacher has.
+    """
+    if not 1 <= layers <= teacher_layers:
+        raise ValueError(f"student: {layers} layers from a teacher of {teacher_layers}")
+    if layers == 1:
+        return [0]
+    return [round(number * (teacher_layers - 1) / (layers - 1)) for number in range(layers)]
+
+
+def student_from_teacher(
+    teacher: ClinKDForConditionalGeneration, layers: int, mlp: int | None = None
+) -> ClinKDForConditionalGeneration:
+    """A student cut out of its teacher: ``layers`` of its text layers, ``mlp`` neurons in each, all the rest.
+
+    Of a layer's neurons those stay whose weights are largest (the product of their three norms).
+
+    Raises:
+        ValueError: see ``kept_layers``; or more neurons than the teacher has.
+    """
+    kept = kept_layers(teacher.config.text_config.num_hidden_layers, layers)
+    width = teacher.config.text_config.intermediate_size
+    if mlp is not None and not 1 <= mlp <= width:
+        raise ValueError(f"student: {mlp} neurons from a teacher's MLP of {width}")
+    config = copy.deepcopy(teacher.config)
+    config.text_config.num_hidden_layers = layers
+    config.text_config.intermediate_size = mlp or width
+    if config.text_config.layer_types is not None:
+        config.text_config.layer_types = [config.text_config.layer_types[number] for number in kept]
+    student = type(teacher)(config)
+    nn.Module.to(student, teacher.device, teacher.dtype)
+    prefix = "model.language_model.layers."
+    state = {name: value for name, value in teacher.state_dict().items() if not name.startswith(prefix)}
+    student.load_state_dict(state, strict=False)
+    for number, source in enumerate(kept):
+        layer = teacher.model.language_model.layers[source]
+        student.model.language_model.layers[number].load_state_dict(_fewer_neurons(layer, mlp or width))
+    return student
+
+
+def _fewer_neurons(layer: nn.Module, count: int) -> dict[str, Tensor]:
+    """A text layer's weights with the ``count`` largest neurons of its MLP, in their order."""
+    state = dict(layer.state_dict())
+    gate, up, down = (state[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    size = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    chosen = size.topk(count).indices.sort().values
+    state["mlp.gate_proj.weight"], state["mlp.up_proj.weight"] = gate[chosen], up[chosen]
+    state["mlp.down_proj.weight"] = down[:, chosen]
+    return state
