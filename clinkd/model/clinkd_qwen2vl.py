@@ -20,51 +20,50 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from clinkd.model.attention import attention_kernel
-from clinkd.model.guided import ClinKDForConditionalGeneration, GuidedTrunk, guidance_of
+from clinkd.model.guided import GuidedModel, GuidedTrunk, guidance_of
 from clinkd.model.lora import is_adapted
 from clinkd.model.rope import RopeGuidance
 
 __all__ = [
-    "ClinKDForConditionalGeneration", "ClinKDQwen2VL", "ClinKDQwen2_5_VL", "guidance_of", "load_model",
+    "ClinKDForConditionalGeneration", "ClinKDQwen2_5_VLForConditionalGeneration", "guidance_of", "load_model",
     "model_class", "new_model", "save_model", "set_trainable",
 ]  # fmt: skip
 
-_PUBLISHED_NAMES = {
-    r"^visual": "model.visual",
-    r"^model(?!\.(language_model|visual))": "model.language_model",
-}
-"""Weights' names in the published folders, and in what plain transformers saves, to the module's own.
 
-transformers renames them for its own classes alone, and starts at random what it does not find.
-"""
+class ClinKDModel(GuidedTrunk, Qwen2VLModel):  # type: ignore[misc]
+    """Qwen2-VL's trunk with guided positions."""
 
 
-class ClinKDQwen2VLModel(GuidedTrunk, Qwen2VLModel):  # type: ignore[misc]
-    pass
+class ClinKDForConditionalGeneration(GuidedModel, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    """Qwen2-VL with guided positions; see :class:`clinkd.model.guided.GuidedModel`."""
 
-
-class ClinKDQwen2VL(ClinKDForConditionalGeneration, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
     plain = Qwen2VLForConditionalGeneration
-    trunk = ClinKDQwen2VLModel
+    trunk = ClinKDModel
 
 
 class ClinKDQwen2_5_VLModel(GuidedTrunk, Qwen2_5_VLModel):  # type: ignore[misc]
+    """Qwen2.5-VL's trunk with guided positions."""
+
     videos = False
 
 
-class ClinKDQwen2_5_VL(ClinKDForConditionalGeneration, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class ClinKDQwen2_5_VLForConditionalGeneration(  # type: ignore[misc]
+    GuidedModel, Qwen2_5_VLForConditionalGeneration
+):
+    """Qwen2.5-VL with guided positions."""
+
     plain = Qwen2_5_VLForConditionalGeneration
     trunk = ClinKDQwen2_5_VLModel
 
 
-FAMILIES: dict[str, type[ClinKDForConditionalGeneration]] = {
-    "qwen2_vl": ClinKDQwen2VL,
-    "qwen2_5_vl": ClinKDQwen2_5_VL,
+FAMILIES: dict[str, type[GuidedModel]] = {
+    "qwen2_vl": ClinKDForConditionalGeneration,
+    "qwen2_5_vl": ClinKDQwen2_5_VLForConditionalGeneration,
 }
 """By the ``model_type`` of a config."""
 
 
-def model_class(config: Any, where: Path | str = "a config") -> type[ClinKDForConditionalGeneration]:
+def model_class(config: Any, where: Path | str = "a config") -> type[GuidedModel]:
     """The class for ``config``.
 
     Raises:
@@ -76,7 +75,7 @@ def model_class(config: Any, where: Path | str = "a config") -> type[ClinKDForCo
     return FAMILIES[kind]
 
 
-def new_model(config: Any, guidance: RopeGuidance) -> ClinKDForConditionalGeneration:
+def new_model(config: Any, guidance: RopeGuidance) -> GuidedModel:
     """A model with random weights (torch's global generator) from a copy of ``config``, of its family.
 
     Raises:
@@ -94,7 +93,7 @@ def load_model(
     *,
     attention: str = "auto",
     runs_in: torch.dtype | None = None,
-) -> ClinKDForConditionalGeneration:
+) -> GuidedModel:
     """A model from a Hugging Face folder, ours or the family's.
 
     Args:
@@ -107,7 +106,7 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(path)
     loaded: Any = model_class(config, path).from_pretrained(
-        path, dtype=dtype, key_mapping=_PUBLISHED_NAMES, output_loading_info=True,
+        path, dtype=dtype, output_loading_info=True,
         attn_implementation=attention_kernel(attention, runs_in or dtype),
     )  # fmt: skip
     model, found = loaded
@@ -119,7 +118,7 @@ def load_model(
 
 
 def save_model(
-    model: ClinKDForConditionalGeneration, tokenizer: Any, image_processor: Any, out: Path | str
+    model: GuidedModel, tokenizer: Any, image_processor: Any, out: Path | str
 ) -> Path:
     """Writes weights (safetensors), tokenizer and preprocessor_config.json as one Hugging Face folder."""
     out = Path(out)
@@ -129,7 +128,7 @@ def save_model(
     return out
 
 
-def set_trainable(model: ClinKDForConditionalGeneration, train_vision: bool) -> None:
+def set_trainable(model: GuidedModel, train_vision: bool) -> None:
     """Decides what trains.
 
     The merger does always; the vision tower's blocks and patch embedding only with ``train_vision``; the

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from clinkd.data.codec import BoxCodec
 from clinkd.model.chat import collate, decode_answer
-from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
+from clinkd.model.guided import GuidedModel
 from clinkd.model.presets import IM_END
 
 
 @torch.no_grad()
 def generate_answers(
-    model: ClinKDForConditionalGeneration,
+    model: GuidedModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     pixel_values: Tensor,

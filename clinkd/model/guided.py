@@ -45,6 +45,16 @@ else:  # transformers reads a class's annotation of config as its config_class
     _Trunk = _Model = object
 
 
+PUBLISHED_NAMES = {
+    r"^visual": "model.visual",
+    r"^model(?!\.(language_model|visual))": "model.language_model",
+}
+"""Weights' names in the published folders, and in what plain transformers saves, to the module's own.
+
+transformers renames them for its own classes alone, and starts at random what it does not find.
+"""
+
+
 def guidance_of(config: Any) -> RopeGuidance:
     """The guidance a config carries; M-RoPE where it carries none."""
     return RopeGuidance(**(getattr(config, "rope_guidance", None) or {}))
@@ -188,7 +198,7 @@ class GuidedTrunk(_Trunk):
         )
 
 
-class ClinKDForConditionalGeneration(_Model):
+class GuidedModel(_Model):
     """What every ClinKD model is, before its family's class: ``forward`` and ``generate`` take the guide's
     scores too.
 
@@ -207,6 +217,11 @@ class ClinKDForConditionalGeneration(_Model):
         self.model: Any = self.trunk(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, from the family's folders too, whatever their weights are called."""
+        return super().from_pretrained(*args, **{"key_mapping": PUBLISHED_NAMES} | kwargs)
 
     def forward_hidden(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from clinkd.model.guided import ClinKDForConditionalGeneration
+    from clinkd.model.guided import GuidedModel
 
 LAYERS = "model.language_model.layers."
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,7 +43,7 @@ class LoraOptions:
     targets: tuple[str, ...] = TARGETS
 
 
-def add_adapters(model: ClinKDForConditionalGeneration, options: LoraOptions) -> None:
+def add_adapters(model: GuidedModel, options: LoraOptions) -> None:
     """Puts adapters into ``model``; A is random (torch's global generator), B is 0: it computes what it did.
 
     Raises:
@@ -86,7 +86,7 @@ def _peft_config(options: LoraOptions, **more: Any) -> Any:
 
 
 @torch.no_grad()
-def merge_adapters(model: ClinKDForConditionalGeneration) -> None:
+def merge_adapters(model: GuidedModel) -> None:
     """Adds each adapter's product to the layer it stands at, and takes the adapters away."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -104,7 +104,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(
-    model: ClinKDForConditionalGeneration, options: LoraOptions, start: str, train_vision: bool, out: Path
+    model: GuidedModel, options: LoraOptions, start: str, train_vision: bool, out: Path
 ) -> None:
     """Writes what trained as peft does: adapter_config.json and adapter_model.safetensors.
 

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from clinkd.model.guided import ClinKDForConditionalGeneration
+from clinkd.model.guided import GuidedModel
 
 
 def kept_layers(teacher_layers: int, layers: int) -> list[int]:
@@ -23,8 +23,8 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
 
 
 def student_from_teacher(
-    teacher: ClinKDForConditionalGeneration, layers: int, mlp: int | None = None
-) -> ClinKDForConditionalGeneration:
+    teacher: GuidedModel, layers: int, mlp: int | None = None
+) -> GuidedModel:
     """A student cut out of its teacher: ``layers`` of its text layers, ``mlp`` neurons in each, all the rest.
 
     Of a layer's neurons those stay whose weights are largest (the product of their three norms).

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration
 from clinkd.model.encoders import Seen
+from clinkd.model.guided import GuidedModel
 from clinkd.model.presets import rotation
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TinyGuide(nn.Module):
 
     rotation: Tensor
 
-    def __init__(self, model: ClinKDForConditionalGeneration) -> None:
+    def __init__(self, model: GuidedModel) -> None:
         super().__init__()
         self.model = model
         width = model.config.text_config.hidden_size

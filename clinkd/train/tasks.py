@@ -25,8 +25,9 @@ from clinkd.data.scores import Scores
 from clinkd.distill.curriculum import admitted_margin
 from clinkd.distill.losses import answer_loss, distill_loss
 from clinkd.model.chat import collate, encode
-from clinkd.model.clinkd_qwen2vl import ClinKDForConditionalGeneration, load_model, save_model, set_trainable
+from clinkd.model.clinkd_qwen2vl import load_model, save_model, set_trainable
 from clinkd.model.guide import guide_inputs, merged_grids
+from clinkd.model.guided import GuidedModel
 from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.ledger import Group
@@ -75,7 +76,7 @@ class AnswerLoss(nn.Module):
 
     def __init__(
         self,
-        model: ClinKDForConditionalGeneration,
+        model: GuidedModel,
         chunk_size: int,
         zero3: bool = False,
         coordinate_weight: float = 1.0,
@@ -135,7 +136,7 @@ class SupervisedTask:
     def turn_counts(self) -> Sequence[int]:
         return self.table.turn_counts()
 
-    def load(self) -> ClinKDForConditionalGeneration:
+    def load(self) -> GuidedModel:
         dtype = getattr(torch, self.spec.dtype)
         model = load_model(
             self.spec.model, self.spec.guidance, dtype, attention=self.spec.attention,
@@ -214,7 +215,7 @@ class SupervisedTask:
             self._save_adapter(model, own, out.with_name("adapter"))
         save_model(model, self.tokenizer, self.processor, out)
 
-    def _save_adapter(self, model: ClinKDForConditionalGeneration, own: dict[str, Any], out: Path) -> None:
+    def _save_adapter(self, model: GuidedModel, own: dict[str, Any], out: Path) -> None:
         """Writes the adapters out of ``own`` and merges them into ``model``, which is the start.
 
         What was frozen stays the start's, bit for bit, in whatever precision the engine ran it.
@@ -234,7 +235,7 @@ class DistillLossModule(AnswerLoss):
 
     def __init__(
         self,
-        model: ClinKDForConditionalGeneration,
+        model: GuidedModel,
         chunk_size: int,
         teacher_head: Tensor,
         options: Mapping[str, Any],

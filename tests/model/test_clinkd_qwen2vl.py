@@ -124,6 +124,8 @@ def test_a_folder_that_plain_transformers_wrote_is_loaded_whole(tokenizer, tmp_p
     loaded = load_model(tmp_path).state_dict()
     assert loaded.keys() == base.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in base.state_dict().items())
+    direct = ClinKDForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(direct[name], value) for name, value in base.state_dict().items())
     stored.pop("model.layers.0.mlp.up_proj.weight")
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights"):
