@@ -68,7 +68,7 @@ def _look(row: Mapping[str, Any]) -> Look:
     spread = None
     if heat is not None and merged is not None:
         rows, columns = heat.shape
-        spread = regrid(heat.ravel(), (rows, columns), merged).clip(0, 1)
+        spread = regrid(heat.ravel(), (rows, columns), merged)
     text = [_count(row.get(key), 0, MOST_TEXT) for key in ("before", "after")]
     around = None if text[0] is None or text[1] is None else (text[0], text[1])
     return Look(**texts, alignment=_share(row.get("alignment")), heat=heat, merged=merged,
@@ -121,10 +121,12 @@ def position_maps(guidance: Mapping[str, Any] | None, samples: Sequence[Look]) -
         made.append({"title": title, "svg": svg, "said": _placed(layout), "effect": effect,
                      "guidance": values})  # fmt: skip
     sample = None if look is INVENTED else {
-        "name": clip(look.sample or look.image, 120), "question": clip(look.question), "alignment": look.alignment,
+        "name": clip(look.sample or look.image, 120), "question": clip(look.question),
+        "alignment": look.alignment,
     }  # fmt: skip
     return {"maps": made, "sample": sample, "before": before, "after": after, "rows": rows,
-            "columns": columns, "cut": before - 1 > room or after > room}  # fmt: skip
+            "columns": columns, "cut": before - 1 > room or after > room,
+            "drawn": plots.thinning(max(rows, columns)) if rows * columns > plots.MOST_SQUARES else 1}  # fmt: skip
 
 
 def _most_telling(samples: Sequence[Look], run: Guidance | None) -> Look:
@@ -151,13 +153,15 @@ def effect_of(run: Guidance, look: Look) -> str:
     if run.mode == "none":
         return "Guidance is off: the mode is none, so λ and α alone place the image."
     if run.gamma == 0:
-        return f"Guidance is off: γ = 0, so mode {run.mode} changes nothing and λ and α alone place the image."
+        return (
+            f"Guidance is off: γ = 0, so mode {run.mode} changes nothing and λ and α alone place the image."
+        )
     said = "not kept" if look.alignment is None else f"s = {look.alignment:.2f}"
     if run.mode == "pair":
         if look.alignment is None:
             return (
                 "Pair guidance widens λ by 1 + γ(1 − s). "
-                "The alignment s of this sample is not known: drawn is λ itself, as for s = 1."
+                "The alignment of this sample is not known: drawn is λ itself, as for s = 1."
             )
         wide = run.widening(look.alignment)
         gaps = _both(run.lambda_h * wide, run.lambda_w * wide)
@@ -183,17 +187,17 @@ def _both(high: float, wide: float) -> str:
 def _ranges(guidance: Guidance, merged: tuple[int, int], relevance: np.ndarray) -> str:
     """The smallest and largest step of rows and of columns."""
     said = []
-    for lines, places, alpha in zip(
-        ("rows", "columns"), offsets((1, *merged), guidance, relevance),
+    for line, places, alpha in zip(
+        ("row", "column"), offsets((1, *merged), guidance, relevance),
         (guidance.alpha_h, guidance.alpha_w), strict=True,
     ):  # fmt: skip
         steps = np.diff(places)
         if not steps.size:
-            said.append(f"there is one of the {lines}")
+            said.append(f"there is one {line} only")
         elif steps.max() - steps.min() < LIKE_NONE * alpha:
-            said.append(f"steps between {lines} stay at {alpha:.4g}")
+            said.append(f"{line} steps stay at {alpha:.3g}")
         else:
-            said.append(f"steps between {lines} run from {steps.min():.3g} to {steps.max():.3g}, not {alpha:.4g}")
+            said.append(f"{line} steps run from {steps.min():.3g} to {steps.max():.3g} (even: {alpha:.3g})")
     return f"{said[0]}, {said[1]}."
 
 
@@ -211,12 +215,14 @@ def look_cards(
         peak = _peak(heat)
         card: dict[str, Any] = {
             "sample": clip(look.sample, 120), "question": clip(look.question), "task": clip(look.task, 20),
-            "alignment": look.alignment, "picture": picture, "problem": problem, "peak": peak, "grid": heat.shape,
-            "alt": f"{clip(look.image, 80)}, relevance to “{clip(without_boxes(look.question), 200)}”: {peak}",
-            "merged": look.merged, "svg": None, "said": "",
+            "alignment": look.alignment, "picture": picture, "problem": problem, "peak": peak,
+            "alt": f"{clip(look.image, 80)}, relevance to “{clip(without_boxes(look.question), 200)}”: "
+            + peak, "grid": heat.shape, "merged": look.merged, "svg": None, "said": "",
         }  # fmt: skip
         if look.merged is not None and look.relevance is not None:
             card["said"] = _capital(_ranges(patch, look.merged, look.relevance))
+            drawn = plots.thinning(max(look.merged))
+            card["said"] += f" One line in {drawn} is drawn." if drawn > 1 else ""
             card["svg"] = _spacing(f"look{index}", patch, look.merged, look.relevance, card["said"])
         cards.append(card)
     return cards
@@ -251,9 +257,7 @@ def _peak(heat: np.ndarray) -> str:
     )
 
 
-def _spacing(
-    name: str, patch: Guidance, merged: tuple[int, int], relevance: np.ndarray, said: str
-) -> Markup:
+def _spacing(name: str, patch: Guidance, merged: tuple[int, int], relevance: np.ndarray, said: str) -> Markup:
     grid = (1, *merged)
     means = line_means(grid, relevance, 1), line_means(grid, relevance, 2)
     even, guided = offsets(grid, replace(patch, mode="none")), offsets(grid, patch, relevance)

@@ -4,8 +4,8 @@ Decisions:
 - Colour never stands alone: the truth is a solid line, an answer dashed with the truth in its gaps, and each
   box carries its word.
 - Images are brought to one size first (small ones up, bicubic), so that lines and words look the same on all.
-- A heat map lies on the image in grey: its colours mean relevance and nothing else. They grow lighter with it,
-  so they are told apart without colour vision, and cells keep their edges: the guide knows nothing finer.
+- A heat map lies on the image in grey: its colours mean relevance and nothing else. They grow lighter with
+  it, so they are told apart without colour vision, and cells keep their edges: the guide knows nothing finer.
 - JPEG without chroma subsampling: a third of a PNG on noisy images, and thin coloured lines stay clean.
 - All overlays of a report share one byte budget; when it is spent, further images are left out and counted.
 """
@@ -88,7 +88,7 @@ def heat_map(image: bytes, relevance: np.ndarray, side: int = SIDE) -> str:
 
 
 def heated(grey: np.ndarray, relevance: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] of grey values under the colour of relevance: the more relevant, the less see-through."""
+    """uint8 [..., 3]: grey values under the colour of relevance, which covers more where it is higher."""
     levels = np.linspace(0, 1, len(HEAT))
     colour = np.stack([np.interp(relevance, levels, channel) for channel in np.transpose(HEAT)], axis=-1)
     cover = np.interp(relevance, [0, 1], HEAT_COVER)[..., None]

@@ -27,6 +27,7 @@ SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04")  # var(--s1) … var(--s4)
 MOST_POINTS = 300
 MOST_CURVES = 12
 MOST_SQUARES = 400
+MOST_LINES = 40
 
 Lines = tuple[np.ndarray, np.ndarray]
 """Something of each row, and of each column."""
@@ -127,40 +128,68 @@ def position_map(
 
 
 def spacing(name: str, even: Lines, guided: Lines, means: Lines, said: str) -> str:
-    """Two meshes on one scale, each line a row or a column; beside the guided one its ``means`` as bars.
+    """Two meshes on one scale, each line a row or a column.
+
+    In the guided one, steps that are larger than even ones are shaded (the more they grew, the stronger), and
+    bars at its edges are the lines' ``means``.
 
     Args:
         even, guided: places of the rows and of the columns, from 0.
         means: each row's and column's mean relevance in [0, 1].
     """
-    figure, panels = _figure(5.6, 2.9, panels=2)
-    extent = max(float(places[-1]) for lines in (even, guided) for places in lines) or 1.0
-    bar = 0.22 * extent  # of relevance 1
+    tall, wide = (max(float(lines[axis][-1]) for lines in (even, guided)) or 1.0 for axis in (0, 1))
+    margin = 0.03 * max(tall, wide)
+    bar = 0.35 * max(tall, wide)  # of relevance 1
+    room = 2 * margin + bar * max(float(rho.max()) for rho in means)
+    widths = wide + 2 * margin, wide + margin + room
+    height = (tall + margin + room) * 4.0 / sum(widths)
+    figure, panels = _figure(4.0, min(4.0, max(0.8, height)) + 0.3, widths)
     for axes, lines, title in zip(panels, (even, guided), ("even spacing", "patch guidance"), strict=True):
         _mesh(axes, *lines, SERIES[1])
-        axes.set_title(title, fontsize=10)
-        axes.set_xlim(-0.06 * extent - bar, 1.06 * extent)
-        axes.set_ylim(1.06 * extent, -0.06 * extent - bar)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlim(-margin if axes is panels[0] else -room, wide + margin)
+        axes.set_ylim(tall + margin, -room)
         axes.set_aspect("equal")
-        axes.grid(visible=False)
-        axes.tick_params(labelsize=8)
-        axes.set_xlabel("columns", fontsize=9)
-    start = -0.05 * extent
-    thick = min(3.0, 90 / max(map(len, guided)))
+        axes.axis("off")
+    _stretched(panels[1], even, guided)
+    thick = min(4.0, 90 / max(map(len, guided)))
     for places, rho, draw in ((guided[0], means[0], "hlines"), (guided[1], means[1], "vlines")):
-        getattr(panels[1], draw)(places, start, start - bar * rho, colors=SERIES[3], linewidth=thick)
-    panels[0].set_ylabel("rows", fontsize=9)
+        keep = slice(None, None, thinning(len(places)))
+        ends = -margin - bar * rho[keep]
+        getattr(panels[1], draw)(places[keep], -margin, ends, colors=SERIES[3], linewidth=thick)
     return _svg(figure, name, said)
 
 
+def _stretched(axes: Any, even: Lines, guided: Lines) -> None:
+    """Bands where a step grew; where a row's and a column's cross, both colours lie on each other."""
+    rows, columns = guided
+    for axis, draw, (start, end) in (
+        (0, axes.fill_between, (columns[0], columns[-1])),
+        (1, axes.fill_betweenx, (rows[0], rows[-1])),
+    ):
+        keep = slice(None, None, thinning(len(guided[axis])))
+        growth = np.diff(guided[axis][keep]) / np.diff(even[axis][keep]) - 1
+        for place, step, more in zip(guided[axis][keep], np.diff(guided[axis][keep]), growth, strict=False):
+            if more > 0.005:
+                alpha = round(min(0.6, float(more)), 2)
+                draw([start, end], place, place + step, color=SERIES[1], alpha=alpha, linewidth=0)
+
+
+def thinning(lines: int) -> int:
+    """Of so many rows or columns one in this many is drawn."""
+    return -(-lines // MOST_LINES)
+
+
 def _mesh(axes: Any, rows: np.ndarray, columns: np.ndarray, colour: str) -> None:
-    """Lines through the rows and columns; of one alone, as long as the other is wide."""
-    width = min(1.2, 60 / max(len(rows), len(columns)))
-    axes.hlines(rows, columns[0], columns[-1], colors=colour, linewidth=width)
-    axes.vlines(columns, rows[0], rows[-1], colors=colour, linewidth=width)
+    """Lines through the rows and columns."""
+    across, down = rows[:: thinning(len(rows))], columns[:: thinning(len(columns))]
+    width = min(1.2, 60 / max(len(across), len(down)))
+    axes.hlines(across, columns[0], columns[-1], colors=colour, linewidth=width)
+    axes.vlines(down, rows[0], rows[-1], colors=colour, linewidth=width)
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, panels: Sequence[float] = (1,)) -> tuple[Any, Any]:
+    """A figure and its axes, or an array of them where ``panels`` gives the widths of several."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -183,7 +212,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
     with rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_visible(False)
-        return figure, figure.subplots(1, panels)
+        return figure, figure.subplots(1, len(panels), width_ratios=panels)
 
 
 def _svg(figure: Any, name: str, said: str) -> str:

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_samples import evaluation, whole_run
 
@@ -86,7 +87,7 @@ def test_every_part_of_the_run_is_on_the_page(report: Path):
     ):
         assert part in page or part.replace("&#39;", "'") in page, part
     assert page.count("data:image/jpeg") > 80
-    assert page.count('class="chart"') == 3 + 2 + 3
+    assert page.count('class="chart"') == 3 + 2 + 3 + 6
 
 
 def test_text_from_outside_is_shown_not_run(tmp_path: Path):
@@ -122,6 +123,12 @@ def test_text_from_outside_is_shown_not_run(tmp_path: Path):
         config=HOSTILE,
         versions={HOSTILE: HOSTILE},
         commands=[(HOSTILE, HOSTILE)],
+        guide={HOSTILE: 0.5},
+        guide_samples=[
+            {**row, "question": HOSTILE, "sample": HOSTILE, "task": HOSTILE, "image": image}
+            for row, image in zip(run.guide_samples, [HOSTILE, run.guide_samples[1]["image"]], strict=False)
+        ],
+        guidance={"mode": HOSTILE, "gamma": HOSTILE},
     )
     page, found = made(changed, tmp_path)
     assert "<script>alert" not in page
@@ -144,6 +151,9 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path):
         "No distillation terms",
         "There is no feedback in this run",
         "There are no predictions to show.",
+        "No numbers of the Med-CLIP guide were kept in this run.",
+        "No sample of the run can be laid out, so the prompt drawn is invented",
+        "The guide's relevance of single patches was kept for no sample of this run.",
         "The run's own parameters were not given.",
         "No stages were recorded.",
         "This run belongs to no sweep.",
@@ -193,6 +203,18 @@ def test_a_huge_run_stays_under_five_megabytes(tmp_path: Path):
             {**row, "truth": long, "candidates": [{"text": long, "score": 0.1}] * 50} for row in run.feedback
         ],
         versions={f"package {i}": long for i in range(1000)},
+        guide_samples=[
+            {
+                **row,
+                "question": long,
+                "grid": [100, 150],
+                "merged": [140, 140],
+                "before": 900,
+                "after": 9000,
+                "relevance": np.random.default_rng(0).random(15_000).tolist(),
+            }
+            for row in run.guide_samples
+        ],
     )
     assert build_report(changed, tmp_path / "r.html").stat().st_size < 5_000_000
 

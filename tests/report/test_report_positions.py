@@ -69,7 +69,8 @@ def test_every_layout_is_the_models_own_index_bit_for_bit(before, grid, after, g
     relevance = np.random.default_rng(seed).random(int(np.prod(grid)), np.float32)
     layout = lay_out(before, grid, after, guidance, alignment=s, relevance=relevance)
     assert np.array_equal(
-        whole(layout), model_index(before, grid, after, guidance, s, relevance), 
+        whole(layout),
+        model_index(before, grid, after, guidance, s, relevance),
     )
 
 
