@@ -109,8 +109,10 @@ def position_maps(guidance: Mapping[str, Any] | None, samples: Sequence[Look]) -
     (before, after), (rows, columns) = look.text or (0, 0), look.merged or (1, 1)
     shown = [("Plain M-RoPE", PLAIN), ("ClinKD's released code (λ = 2)", RELEASED)]
     shown += [] if run is None else [("This run", run)]
-    scores = {"alignment": look.alignment, "relevance": look.relevance}
-    layouts = [lay_out(before, (1, rows, columns), after, values, **scores) for _, values in shown]
+    layouts = [
+        lay_out(before, (1, rows, columns), after, values, alignment=look.alignment, relevance=look.relevance)
+        for _, values in shown
+    ]
     room = max(4, max(rows, columns) // 3)  # text positions shown on either side of the image
     window = max(0.0, before - 1.0 - room), max(_end(layout) for layout in layouts) + room
     made = []
@@ -124,9 +126,10 @@ def position_maps(guidance: Mapping[str, Any] | None, samples: Sequence[Look]) -
         "name": clip(look.sample or look.image, 120), "question": clip(look.question),
         "alignment": look.alignment,
     }  # fmt: skip
+    mesh = rows * columns > plots.MOST_SQUARES
     return {"maps": made, "sample": sample, "before": before, "after": after, "rows": rows,
             "columns": columns, "cut": before - 1 > room or after > room,
-            "drawn": plots.thinning(max(rows, columns)) if rows * columns > plots.MOST_SQUARES else 1}  # fmt: skip
+            "drawn": plots.thinning(max(rows, columns)) if mesh else 0}  # fmt: skip
 
 
 def _most_telling(samples: Sequence[Look], run: Guidance | None) -> Look:

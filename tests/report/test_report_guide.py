@@ -23,7 +23,8 @@ from clinkd.report.positions import Guidance
 
 SAMPLE: dict[str, Any] = {
     "sample": "case#0", "image": "ct_1.png", "question": "Where is the liver?", "task": "vg",
-    "alignment": 0.4, "relevance": [1.0, 0.0, 0.0, 0.0], "grid": [2, 2], "merged": [4, 2], "before": 3, "after": 2,
+    "alignment": 0.4, "relevance": [1.0, 0.0, 0.0, 0.0], "grid": [2, 2], "merged": [4, 2],
+    "before": 3, "after": 2,
 }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_the_run_s_map_is_the_layout_its_model_makes(tmp_path):
     [
         ({"gamma": 0.4, "mode": "patch"}, "The meshes are what this run's model was given (γ = 0.4)."),
         ({"gamma": 0.4, "mode": "pair"}, "is guided by pairs, not by patches: the meshes show what"),
-        ({"gamma": 0, "mode": "patch"}, "not guided: the meshes show what patch guidance with γ = 1 would do."),
+        ({"gamma": 0, "mode": "patch"}, "not guided: the meshes show what patch guidance with γ = 1 would"),
         (None, "What the run's own guidance is was not given; drawn is patch guidance with γ = 1."),
     ],
 )  # fmt: skip
