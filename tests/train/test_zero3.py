@@ -25,7 +25,8 @@ from clinkd.model.generate import generate_answers
 
 folder = sys.argv[1]
 model = load_model(folder).eval()
-tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 image = processor(images=[decode(draw(PhantomSpec(2), 0)[0])], return_tensors="pt")
 patches = int(image["image_grid_thw"].prod()) // 4
 prompt, _ = encode(tokenizer, "Where is the liver?", "", patches)
@@ -51,11 +52,12 @@ def prepared(ray_session, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mode", ["pair", "patch"])
 def test_a_guided_model_trains_saves_and_answers_in_plain_python(mode, prepared, start, tmp_path) -> None:
+    from tiny_training import made_up_scores, train
+
     import clinkd
     from clinkd.model.clinkd_qwen2vl import guidance_of, load_model
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.tasks import VqaSpec
-    from tiny_training import made_up_scores, train
 
     guidance = RopeGuidance(1.5, 2.25, 0.5, 0.75, 0.8, mode)
     spec = VqaSpec(str(start), guidance, train_vision=True, scores=made_up_scores(prepared, tmp_path))
