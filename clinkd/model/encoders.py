@@ -4,14 +4,13 @@ Decisions:
 - An encoder is a folder on disk, known by the files in it; nothing is fetched and no code of a folder runs.
 - Logits are the encoder's own (scale, cosine, bias as it was trained) and uncalibrated: what a logit is
   worth on the images at hand is for the caller to fit.
-- A kind of encoder that lives elsewhere announces itself through :func:`register`; this module knows the
-  kinds that other people's checkpoints come in.
+- This module knows the kinds that other people's checkpoints come in; ``guide.open_any`` knows ours too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,22 +68,13 @@ class Encoder(Protocol):
         """
 
 
-Opener = Callable[[Path, "str | torch.device"], Encoder]
-_REGISTERED: dict[str, Opener] = {}
-
-
-def register(marker: str, opener: Opener) -> None:
-    """Folders that hold the file ``marker`` go to ``opener``, before all other kinds."""
-    _REGISTERED[marker] = opener
-
-
 def open_encoder(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """The encoder in a folder, told by its files.
 
     Args:
         path: a transformers folder of CLIP, SigLIP or SigLIP 2 (weights, tokenizer and preprocessor beside
-            ``config.json``), an open_clip folder (``open_clip_config.json`` and weights; see
-            :mod:`clinkd.model.open_clip_guide` for what BiomedCLIP's has to hold), or a registered kind.
+            ``config.json``) or an open_clip folder (``open_clip_config.json`` and weights; see
+            :mod:`clinkd.model.open_clip_guide` for what BiomedCLIP's has to hold).
         device: where the model and what it returns live.
 
     Raises:
@@ -93,9 +83,6 @@ def open_encoder(path: str | Path, device: str | torch.device = "cpu") -> Encode
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"guide {path}: no such folder")
-    for marker, opener in _REGISTERED.items():
-        if (folder / marker).is_file():
-            return opener(folder, device)
     kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
     open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
     # A hub repository may hold one model in both forms: transformers' needs no package more.

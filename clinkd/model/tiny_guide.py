@@ -1,9 +1,8 @@
 """The guide made here: a small Med-CLIP that says how well an image and a text belong together, and where.
 
 Decisions:
-- Its image side is the vision tower and merger that the answering model will use, its text side that
-  model's own token
-  embeddings, pooled with learnt weights: what the guide learns is where the teacher starts, as
+- Its image side is the vision tower and merger that the answering model will use, its text side that model's
+  own token embeddings, pooled with learnt weights: what the guide learns is where the teacher starts, as
   Qwen2-VL's own tower began as a CLIP's.
 - It is trained on (region, phrase) pairs, patch by patch. Phrases are compared after a fixed rotation of the
   embedding space: the answering model's first keys start as its queries behind that rotation

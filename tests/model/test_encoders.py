@@ -15,7 +15,7 @@ from encoder_folders import changed, noise, save_clip, save_siglip, save_siglip2
 from PIL import Image
 
 from clinkd.model.contrastive import watched
-from clinkd.model.encoders import open_encoder, register
+from clinkd.model.encoders import open_encoder
 
 TEXTS = ["the left kidney", "a scan of the liver", "lung", "the spleen on the right"]
 LONG = "the left kidney of the liver " + "spleen " * 40
@@ -278,12 +278,3 @@ def test_a_pickles_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="does not load as clip"):
         open_encoder(folder)
     assert not (tmp_path / "ran").exists()
-
-
-def test_another_kind_of_guide_announces_itself(clip_folder: Path, tmp_path: Path) -> None:
-    """By the file that marks its folders, also where a ``config.json`` lies beside it."""
-    known = open_encoder(clip_folder)
-    register("marker.json", lambda folder, device: known)
-    (tmp_path / "marker.json").touch()
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    assert open_encoder(tmp_path) is known
