@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clinkd.artifacts import Artifact, Draft
-from clinkd.config import ConfigError, DistillSection, OptimSection, RunConfig
+from clinkd.config import ConfigError, OptimSection, RunConfig
 from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
 from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
+from clinkd.stages.certificate import method_of, stamp
 from clinkd.stages.models import pixel_limits, student_start, teacher_rope, vqa_spec
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def distill(run: Run) -> Artifact:
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.tasks import DistillSpec, DistillTask
 
+        certificate = stamp(config, draft.path)
         spec = vqa_spec(
             run, student_start(run, draft), config.rope, train_vision=config.model.train_vision,
             lora=config.model.lora,
@@ -102,18 +104,14 @@ def distill(run: Run) -> Artifact:
             str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
         )
         zero = config.compute.zero_stage
-        return train(
+        counts = train(
             run, draft, "distill", options.optim, zero,
             lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
         )  # fmt: skip
+        return counts | {"certified": certificate["ok"]}
 
     return run.stage("distill", ["prepare", "guide", "teacher", "label"], settings, make)
-
-
-def method_of(options: DistillSection) -> dict[str, Any]:
-    """What ``distill_loss`` is called with."""
-    return options.model_dump(include={"a", "temperature", "divergence", "jsd_beta", "scale_t2"})
 
 
 def train(
