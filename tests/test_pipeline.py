@@ -101,7 +101,8 @@ def test_the_teacher_is_asked_once(finished: Path) -> None:
     fewer = clinkd(finished, "label", str(CONFIG), *SMALL, "distill.share=0.25")
     assert fewer.returncode == 0, fewer.stderr
     made = set((finished / "runs" / "artifacts").glob("label-*")) - before
-    counts = json.loads((next(path for path in made if path.is_dir()) / "artifact.json").read_text())["counts"]
+    listing = next(path for path in made if path.is_dir()) / "artifact.json"
+    counts = json.loads(listing.read_text())["counts"]
     assert counts["new"] == counts["teacher_passes"] == 0 < counts["samples"]
     assert counts["truths"] + counts["pseudo_labels"] + counts["refused"] == counts["samples"]
 
