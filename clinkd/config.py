@@ -30,6 +30,10 @@ class RunSection(Section):
     )
     root: str = Field("runs", description="folder that holds all runs and the artifacts they share")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    student_seed: int | None = Field(
+        None, ge=0, description="of the student's new weights and its samples' order; none: seed. Several "
+        "students of one teacher, on one split, differ in it alone"
+    )
 
 
 class DataSection(Section):
@@ -274,6 +278,10 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
     sweep: SweepSection = SweepSection()
+
+    @property
+    def student_seed(self) -> int:
+        return self.run.seed if self.run.student_seed is None else self.run.student_seed
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
