@@ -137,7 +137,7 @@ class OptimSection(Section):
 
 
 class DistillSection(Section):
-    """Distillation from the cached teacher, before the full data."""
+    """Distillation from the teacher, before the full data."""
 
     a: float = Field(0.5, ge=0, description="weight of the divergence: (a*KD + CE) / (1 + a)")
     temperature: float = Field(0.5, gt=0)
@@ -149,7 +149,26 @@ class DistillSection(Section):
     )
     start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
     end_quantile: float = Field(0.0, ge=0, le=1)
+    teacher: Literal["cache", "online"] = Field(
+        "cache",
+        description="where the teacher's states come from: what label kept of them, or the teacher itself, "
+        "loaded beside the student",
+    )
+    teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="the online teacher's")
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="share of the steps that learn from the student's own sampled answers"
+    )
+    sample_temperature: float = Field(1.0, gt=0, description="at which the student samples them")
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that the student samples")
     optim: OptimSection = OptimSection()
+
+    @model_validator(mode="after")
+    def _scored(self) -> DistillSection:
+        if self.on_policy and self.teacher != "online":
+            raise ValueError("on_policy above 0 needs teacher: online, for no cache has the student's answers")
+        if self.on_policy and not self.a:
+            raise ValueError("on_policy above 0 needs a above 0: sampled answers teach by the divergence alone")
+        return self
 
 
 class ReflectSection(Section):
