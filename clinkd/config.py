@@ -165,9 +165,9 @@ class DistillSection(Section):
     @model_validator(mode="after")
     def _scored(self) -> DistillSection:
         if self.on_policy and self.teacher != "online":
-            raise ValueError("on_policy above 0 needs teacher: online, for no cache has the student's answers")
+            raise ValueError("on_policy above 0 needs teacher: online, no cache has such answers")
         if self.on_policy and not self.a:
-            raise ValueError("on_policy above 0 needs a above 0: sampled answers teach by the divergence alone")
+            raise ValueError("on_policy above 0 needs a above 0: only the divergence teaches there")
         return self
 
 

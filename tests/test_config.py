@@ -97,4 +97,5 @@ def test_the_students_own_answers_need_a_teacher_that_is_there(tmp_path: Path) -
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="on_policy above 0 needs a above 0"):
         load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online, a: 0}\n"))
-    assert load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online}\n")).distill.on_policy == 0.5
+    whole = load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online}\n"))
+    assert whole.distill.on_policy == 0.5
