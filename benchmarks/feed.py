@@ -149,10 +149,10 @@ def feed_side(
 
     from clinkd.data.feed import Resources, Shards, build_index
     from clinkd.data.plan import PlanOptions
+    from clinkd.model.pixels import Numbers, load_processor
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.batches import BatchSpec
     from clinkd.train.feed import Stream, StreamSpec
-    from clinkd.train.pixels import Numbers, load_processor
 
     batch = BatchSpec(str(model), RopeGuidance(), packed=False)
     index = build_index(Shards.of(data), "train", batch.measure)
@@ -191,7 +191,7 @@ def breakdown(data: Path, model: Path) -> None:
 
     from clinkd.data.feed import from_rows, to_row
     from clinkd.data.shards import iter_rows
-    from clinkd.train.pixels import Numbers, cut, join
+    from clinkd.model.pixels import Numbers, cut, join
 
     rows = [row for row, _ in zip(iter_rows(data, "train"), range(32), strict=False)]
     processor = AutoImageProcessor.from_pretrained(model)

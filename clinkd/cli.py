@@ -167,6 +167,25 @@ def predict(
     typer.echo(f"{count} answers: {out}")
 
 
+def certify(
+    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
+) -> None:
+    """Hold the configured distillation loss, value and gradient, against a plain float64 one.
+
+    Stage distill does the same before it trains. Exit code 1 if it fails.
+    Example: clinkd certify configs/tiny.yaml distill.divergence=jsd compute.precision=bf16
+    """
+    from clinkd.config import load_config
+    from clinkd.stages.certificate import certificate
+
+    found = certificate(load_config(path, overrides))
+    typer.echo(json.dumps(found, indent=1) if as_json else console.certificate(found))
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
 def report(
     folder: Path = typer.Argument(..., metavar="RUN", help="A run's folder, as runs/tiny."),
 ) -> None:
@@ -200,6 +219,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate,
     sweep,
     report,
+    certify,
     cli_data.validate,
     config,
 )

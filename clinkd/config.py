@@ -136,17 +136,40 @@ class OptimSection(Section):
     )
 
 
+class CacheSection(Section):
+    """What is kept of the teacher's answers, and where."""
+
+    form: Literal["float16", "bfloat16", "int8", "topk"] = Field(
+        "float16",
+        description="of each answer token: the teacher's last hidden state (int8: half as large, rounded by "
+        "token), or its k largest logits with the rest as one bucket, which is an approximation",
+    )
+    k: int = Field(64, ge=1, description="logits kept by topk")
+    root: str | None = Field(
+        None, description="folder or s3:// URI that holds the stores; none: teacher-cache under run.root"
+    )
+
+
 class DistillSection(Section):
     """Distillation from the teacher, before the full data."""
 
     a: float = Field(0.5, ge=0, description="weight of the divergence: (a*KD + CE) / (1 + a)")
     temperature: float = Field(0.5, gt=0)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="of jsd: beta KL(p||m) + (1-beta) KL(q||m)")
+    scale_t2: bool = Field(False, description="multiply the divergence by temperature squared")
+    cache: CacheSection = CacheSection()
     chunk_size: int = Field(1024, ge=1, description="answer tokens whose logits exist at one time")
     share: float = Field(1.0, gt=0, le=1, description="share of the training images that the teacher labels")
     unlabelled_share: float = Field(
         0.2, ge=0, le=1, description="share of those whose true answers are hidden from the student"
     )
+    best_of: int = Field(
+        1, ge=1, description="answers of the teacher to each of these: the greedy one and sampled ones; the "
+        "surest that passes is learned from"
+    )
+    label_temperature: float = Field(0.7, gt=0, description="that the sampled ones are drawn at")
+    max_label_tokens: int = Field(64, ge=1, description="an answer that has not ended by then is refused")
     start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
     end_quantile: float = Field(0.0, ge=0, le=1)
     teacher: Literal["cache", "online"] = Field(
@@ -154,7 +177,6 @@ class DistillSection(Section):
         description="where the teacher's states come from: what label kept of them, or the teacher itself, "
         "loaded beside the student",
     )
-    teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="the online teacher's")
     on_policy: float = Field(
         0.0, ge=0, le=1, description="share of the steps that learn from the student's own sampled answers"
     )
@@ -163,7 +185,9 @@ class DistillSection(Section):
     optim: OptimSection = OptimSection()
 
     @model_validator(mode="after")
-    def _scored(self) -> DistillSection:
+    def _possible(self) -> DistillSection:
+        if self.cache.form == "topk" and not 0.2 <= self.temperature <= 5:
+            raise ValueError(f"temperature ({self.temperature}) has to lie in [0.2, 5] with cache.form topk")
         if self.on_policy and self.teacher != "online":
             raise ValueError("on_policy above 0 needs teacher: online, no cache has such answers")
         if self.on_policy and not self.a:

@@ -53,6 +53,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *dict.fromkeys(reason for reason in reasons if reason)])
 
 
+def certificate(found: dict[str, Any]) -> str:
+    """A loss certificate: what was held against the oracle, how far it was off, what is allowed."""
+    lines = ["loss: " + ", ".join(f"{name} {value}" for name, value in found["loss"].items())]
+    for kind in ("value", "gradient"):
+        error, room = found[f"max_{kind}_error"], found[f"{kind}_tolerance"]
+        lines.append(f"{kind}: off by {error:.1e} at most, {room:.1e} allowed (relative)")
+    lines.append(f"self-teacher: KD {found['self_teacher_kd']:.1e}")
+    lines += found["failures"]
+    return "\n".join([*lines, f"{found['cases']} cases: {'certified' if found['ok'] else 'FAILED'}"])
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"

@@ -208,3 +208,32 @@ def test_a_cluster_that_is_not_there_is_one_line(address: str, said: str) -> Non
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert said in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+# certify
+
+
+def test_certify_says_what_was_held_against_what(capsys, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("distill: {divergence: jsd, temperature: 2.0}\ncompute: {precision: bf16}\n")
+    code, out, _ = run(capsys, "certify", path)
+    assert code == 0 and "divergence jsd" in out and "bfloat16" in out and "certified" in out
+    code, out, _ = run(capsys, "certify", path, "distill.cache.form=topk", "--json")
+    assert code == 0 and json.loads(out)["loss"]["given"] == "topk" and json.loads(out)["ok"]
+
+
+def test_a_loss_that_is_wrong_is_1_and_stops_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
+    from clinkd.distill import certificate
+    from clinkd.stages.certificate import CertificateError, stamp
+
+    right = certificate.distill_loss
+    monkeypatch.setattr(
+        certificate, "distill_loss", lambda *inputs, a, **options: right(*inputs, a=a + 0.1, **options)
+    )
+    path = tmp_path / "c.yaml"
+    path.write_text("{}")
+    code, out, _ = run(capsys, "certify", path)
+    assert code == 1 and "FAILED" in out and "value off by" in out
+    with pytest.raises(CertificateError, match="nothing was trained"):
+        stamp(RunConfig(), tmp_path)
+    assert json.loads((tmp_path / "certificate.json").read_text())["ok"] is False

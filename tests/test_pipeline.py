@@ -51,7 +51,8 @@ def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> 
     assert [row["id"] for row in predictions] == list(range(len(predictions)))
     stages = {line["stage"] for line in lines(run / "metrics.jsonl")}
     assert {"prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
-    assert "distill" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "distill" in page and "Loss certificate: passed" in page
 
     again = clinkd(finished, "run", str(CONFIG), *SMALL)
     assert again.returncode == 0
@@ -86,6 +87,24 @@ def test_pair_and_patch_guidance_each_place_images_differently(finished: Path) -
     for one, other in ((none, pair), (none, patch), (pair, patch)):
         differ = [not torch.equal(*both) for both in zip(one, other, strict=True)]
         assert sum(differ) > 0.9 * len(differ) > 10
+
+
+def test_the_teacher_is_asked_once(finished: Path) -> None:
+    """A changed a or T asks nothing; nor does a share that lies in one that was asked for."""
+    learned = clinkd(
+        finished, "train", "distill", str(CONFIG), *SMALL, "distill.a=2", "distill.temperature=1.5"
+    )
+    assert learned.returncode == 0, learned.stderr
+    assert "skipped label" in learned.stderr and "skipped distill" not in learned.stderr
+
+    before = set((finished / "runs" / "artifacts").glob("label-*"))
+    fewer = clinkd(finished, "label", str(CONFIG), *SMALL, "distill.share=0.25")
+    assert fewer.returncode == 0, fewer.stderr
+    made = set((finished / "runs" / "artifacts").glob("label-*")) - before
+    listing = next(path for path in made if path.is_dir()) / "artifact.json"
+    counts = json.loads(listing.read_text())["counts"]
+    assert counts["new"] == counts["teacher_passes"] == 0 < counts["samples"]
+    assert counts["truths"] + counts["pseudo_labels"] + counts["refused"] == counts["samples"]
 
 
 def positions(runs: Path, name: str, mode: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

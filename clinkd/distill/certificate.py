@@ -13,12 +13,20 @@ Decisions:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clinkd.distill.losses import CHUNK_SIZE, DistillLoss, Divergence, distill_loss
+from clinkd.distill.losses import (
+    CHUNK_SIZE,
+    DistillLoss,
+    Divergence,
+    distill_loss,
+    distill_loss_logits,
+    distill_loss_topk,
+)
+from clinkd.distill.summary import tail_at, top_k_logits
 
 # (student vocabulary, teacher vocabulary, answer tokens of each rank, scale of the states)
 CASES: tuple[tuple[int, int, tuple[int, ...], float], ...] = (
@@ -36,6 +44,11 @@ VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e
 GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
+TOP = 8  # logits kept where the teacher comes as top-k
+Given = Literal["states", "topk", "logits"]
+"""What the loss gets of the teacher."""
+
+
 def certify(
     *,
     a: float = 0.5,
@@ -45,6 +58,7 @@ def certify(
     jsd_beta: float = 0.5,
     chunk_size: int = CHUNK_SIZE,
     dtype: str = "float32",
+    given: Given = "states",
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -53,6 +67,7 @@ def certify(
     Args:
         a, temperature, divergence, scale_t2, jsd_beta, chunk_size: as the run will call ``distill_loss``.
         dtype: type of the states and heads: "float32", "bfloat16", "float16" or "float64".
+        given: what the loss gets of the teacher; against "topk" the oracle sees the same buckets.
         seed: of the cases.
 
     Returns:
@@ -79,7 +94,7 @@ def certify(
     worst_value = worst_gradient = 0.0
     failures = []
     for case in CASES:
-        value, gradient = _compare(case, method, chunk_size, kind, device, generator)
+        value, gradient = _compare(case, method, chunk_size, kind, device, generator, given)
         worst_value, worst_gradient = max(worst_value, value), max(worst_gradient, gradient)
         if not (value <= value_tolerance and gradient <= gradient_tolerance):
             failures.append(f"case {case}: value off by {value:.2e}, gradient by {gradient:.2e}")
@@ -88,6 +103,7 @@ def certify(
         failures.append(f"self-teacher: KD is {own:.2e}, not 0")
     return {
         "ok": not failures,
+        "loss": method | {"chunk_size": chunk_size, "dtype": dtype, "given": given},
         "max_value_error": worst_value,
         "max_gradient_error": worst_gradient,
         "value_tolerance": value_tolerance,
@@ -111,12 +127,18 @@ def oracle_loss(
     scale_t2: bool = False,
     jsd_beta: float = 0.5,
     normalizer: float | None = None,
+    top_ids: Tensor | None = None,
 ) -> DistillLoss:
-    """The loss as one would write it on a blackboard: float64, all logits at once, autograd's gradients."""
+    """The loss as one would write it on a blackboard: float64, all logits at once, autograd's gradients.
+
+    ``top_ids`` [N, k]: all other tokens count as one.
+    """
     logits, teacher = hidden.double() @ head.double().T, teacher_hidden.double() @ teacher_head.double().T
     common = min(logits.shape[1], teacher.shape[1])
     log_q = torch.log_softmax(logits[:, :common] / temperature, dim=1)
     log_p = torch.log_softmax(teacher[:, :common] / temperature, dim=1)
+    if top_ids is not None:
+        log_q, log_p = (_bucketed(logs, top_ids) for logs in (log_q, log_p))
 
     def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
         return (log_x.exp() * (log_x - log_y)).sum()
@@ -137,6 +159,12 @@ def oracle_loss(
     return DistillLoss((a * kd + ce) / (1 + a), kd, ce)
 
 
+def _bucketed(logs: Tensor, ids: Tensor) -> Tensor:
+    """[N, k + 1] log-probabilities of the tokens in ``ids`` and of all others together."""
+    rest = logs.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logs.gather(1, ids), rest], dim=1)
+
+
 def _compare(
     case: tuple[int, int, tuple[int, ...], float],
     method: dict[str, Any],
@@ -144,6 +172,7 @@ def _compare(
     kind: torch.dtype,
     device: str,
     generator: torch.Generator,
+    given: Given,
 ) -> tuple[float, float]:
     """Relative errors (value, gradient) of one case: the ranks' losses are summed, as all-reduce would."""
     vocabulary, teacher_vocabulary, ranks, scale = case
@@ -158,10 +187,15 @@ def _compare(
     parts, begin = [], 0
     for size in ranks:
         rows = slice(begin, begin := begin + size)
-        inputs = (leaves[0][rows], leaves[1], targets[rows], teacher[0][rows], teacher[1])
-        parts.append(distill_loss(*inputs, chunk_size=chunk_size, normalizer=count, **method))
+        own = (leaves[0][rows], leaves[1], targets[rows])
+        how = method | {"chunk_size": chunk_size, "normalizer": count}
+        parts.append(_ours(given, own, (teacher[0][rows], teacher[1]), how))
+    ids = None
+    if given == "topk":
+        common = min(vocabulary, teacher_vocabulary)
+        ids = top_k_logits(teacher[0], teacher[1], k=TOP, vocabulary=common)[1]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    truth = oracle_loss(wide[0], wide[1], targets, teacher[0], teacher[1], normalizer=count, **method)
+    truth = oracle_loss(wide[0], wide[1], targets, *teacher, normalizer=count, top_ids=ids, **method)
     sums = [torch.stack(same).sum() for same in zip(*parts, strict=True)]
     value = max(_error(mine.item(), his.item()) for mine, his in zip(sums, truth, strict=True))
     found = torch.autograd.grad(sums[0], leaves)
@@ -171,6 +205,18 @@ def _compare(
         for mine, his in zip(found, wanted, strict=True)
     ]
     return value, max(error if math.isfinite(error) else math.inf for error in gradients)
+
+
+def _ours(
+    given: Given, own: tuple[Tensor, Tensor, Tensor], teacher: tuple[Tensor, Tensor], how: dict[str, Any]
+) -> DistillLoss:
+    if given == "states":
+        return distill_loss(*own, *teacher, **how)
+    if given == "logits":
+        return distill_loss_logits(*own, teacher[0].double() @ teacher[1].double().T, **how)
+    common = min(len(own[1]), len(teacher[1]))
+    top, ids, tails = top_k_logits(*teacher, k=TOP, vocabulary=common)
+    return distill_loss_topk(*own, top, ids, tail_at(tails, how["temperature"]), vocabulary=common, **how)
 
 
 def _error(found: float, wanted: float) -> float:

@@ -79,26 +79,43 @@ def distill_loss(
     Raises:
         ValueError: a parameter or target out of range, or shapes that do not fit.
     """
-    _check(hidden, head_weight, targets, chunk_size)
-    kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
-    _check(teacher_hidden, teacher_head_weight, None, chunk_size, "teacher_")
-    if len(teacher_hidden) != len(hidden):
-        given = f"{len(teacher_hidden)} teacher states for {len(hidden)} student states"
-        raise ValueError(f"distillation loss: {given}")
+    check_inputs(teacher_hidden, teacher_head_weight, None, chunk_size, "teacher_")
     common = min(len(head_weight), len(teacher_head_weight))
     states, head = teacher_hidden.detach(), teacher_head_weight.detach()[:common]
 
-    def exact() -> Pull:
-        wide = head.to(_compute_type(hidden))
+    def logits() -> Callable[[slice], Tensor]:
+        wide = head.to(compute_type(hidden))
+        return lambda rows: states[rows].to(wide.dtype) @ wide.T
 
-        def pull(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            log_p = ((states[rows].to(wide.dtype) / temperature) @ wide.T).log_softmax(1)
-            value, slope = kd(log_p, logits[:, :common].div(temperature).log_softmax(1))
-            return value, slope.div_(temperature)
+    kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
+    return _exact(hidden, head_weight, targets, len(states), common, logits, kd, a, chunk_size, normalizer)
 
-        return pull
 
-    return _loss(hidden, head_weight, targets, exact, a, chunk_size, normalizer)
+def distill_loss_logits(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor,
+    *,
+    a: float,
+    temperature: float,
+    divergence: Divergence = "forward_kl",
+    chunk_size: int = CHUNK_SIZE,
+    normalizer: Tensor | float | None = None,
+    scale_t2: bool = False,
+    jsd_beta: float = 0.5,
+) -> DistillLoss:
+    """As :func:`distill_loss`, from a teacher's whole logits [N, Vt], for one that shows nothing else."""
+    if teacher_logits.ndim != 2:
+        raise ValueError(f"distillation loss: teacher_logits {tuple(teacher_logits.shape)} must be [N, Vt]")
+    given = teacher_logits.detach()
+    common = min(len(head_weight), given.shape[1])
+
+    def logits() -> Callable[[slice], Tensor]:
+        return lambda rows: given[rows, :common].to(compute_type(hidden))
+
+    kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
+    return _exact(hidden, head_weight, targets, len(given), common, logits, kd, a, chunk_size, normalizer)
 
 
 def distill_loss_topk(
@@ -121,15 +138,15 @@ def distill_loss_topk(
     """As :func:`distill_loss`, from the teacher's k largest logits and one bucket for all other tokens.
 
     Both distributions are coarsened to k + 1 outcomes, so no mass is lost or clamped; the divergence is a
-    lower bound of the exact one. Take the inputs from :func:`top_k_logits`.
+    lower bound of the exact one. Take the inputs from :func:`clinkd.distill.summary.top_k_logits`.
 
     Args:
         top_logits, top_ids: [N, k] teacher logits and their ids, all below ``vocabulary``.
         tail: [N] log-sum-exp of (logit / T) over the other tokens below ``vocabulary``, *for this
-            temperature*.
+            temperature* (``summary.tail_at``).
         vocabulary: length of the common prefix of both vocabularies.
     """
-    _check(hidden, head_weight, targets, chunk_size)
+    check_inputs(hidden, head_weight, targets, chunk_size)
     kd = _Divergence(divergence, temperature, scale_t2, jsd_beta)
     if top_logits.shape != top_ids.shape or len(top_ids) != len(hidden) or tail.shape != (len(hidden),):
         raise ValueError("distillation loss: top_logits, top_ids and tail must be [N, k], [N, k] and [N]")
@@ -138,7 +155,7 @@ def distill_loss_topk(
         raise ValueError(f"distillation loss: {bounds} must hold, not {vocabulary}")
 
     def bucketed() -> Pull:
-        dtype = _compute_type(hidden)
+        dtype = compute_type(hidden)
         top_scaled = top_logits.detach().to(dtype) / temperature
         known = torch.cat([top_scaled, tail.detach().to(dtype)[:, None]], dim=1)
 
@@ -167,71 +184,57 @@ def answer_loss(
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
     """Cross-entropy over N answer tokens, for stages without a teacher; see :func:`distill_loss`."""
-    _check(hidden, head_weight, targets, chunk_size)
+    check_inputs(hidden, head_weight, targets, chunk_size)
     return _loss(hidden, head_weight, targets, None, 0.0, chunk_size, normalizer).ce
 
 
-@torch.no_grad()
-def confidence_margin(
-    teacher_hidden: Tensor, teacher_head_weight: Tensor, *, chunk_size: int = CHUNK_SIZE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """How sure the teacher is at each of N tokens, at T = 1 over its whole vocabulary.
+def _exact(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    taught: int,
+    common: int,
+    logits: Callable[[], Callable[[slice], Tensor]],
+    kd: _Divergence,
+    a: float,
+    chunk_size: int,
+    normalizer: Tensor | float | None,
+) -> DistillLoss:
+    """The loss against ``taught`` rows of the teacher's logits over the ``common`` tokens, chunk by chunk."""
+    check_inputs(hidden, weight, targets, chunk_size)
+    if taught != len(hidden):
+        raise ValueError(f"distillation loss: {taught} teacher states for {len(hidden)} student states")
 
-    Args:
-        teacher_hidden: [N, Ht]. teacher_head_weight: [Vt, Ht], Vt at least 2.
+    def exact() -> Pull:
+        teacher = logits()
 
-    Returns:
-        p1 [N], the largest probability; margin [N], p1 - p2; entropy [N] in nats.
-    """
-    _check(teacher_hidden, teacher_head_weight, None, chunk_size, "teacher_")
-    found = [torch.empty(3, 0, dtype=_compute_type(teacher_hidden), device=teacher_hidden.device)]
-    for logits in _logits(teacher_hidden, teacher_head_weight, chunk_size):
-        p = logits.softmax(1)
-        found.append(torch.cat([p.topk(2, dim=1).values.T, torch.special.entr(p).sum(1)[None]]))
-    p1, p2, entropy = torch.cat(found, dim=1)
-    return p1, p1 - p2, entropy
+        def pull(own: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            log_p = teacher(rows).div(kd.temperature).log_softmax(1)
+            value, slope = kd(log_p, own[:, :common].div(kd.temperature).log_softmax(1))
+            return value, slope.div_(kd.temperature)
 
+        return pull
 
-@torch.no_grad()
-def top_k_logits(
-    teacher_hidden: Tensor,
-    teacher_head_weight: Tensor,
-    *,
-    k: int,
-    temperature: float,
-    vocabulary: int,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher in small: (top_logits [N, k], top_ids [N, k], tail [N]) of :func:`distill_loss_topk`."""
-    if not 0 < k < vocabulary <= len(teacher_head_weight):
-        bounds = f"0 < k < vocabulary <= {len(teacher_head_weight)}"
-        raise ValueError(f"top-k teacher: {bounds} must hold, not k = {k} and vocabulary = {vocabulary}")
-    logits, ids, tails = [], [], []
-    for chunk in _logits(teacher_hidden, teacher_head_weight[:vocabulary], chunk_size):
-        top, places = chunk.topk(k, dim=1)
-        logits.append(top)
-        ids.append(places)
-        tails.append((chunk.scatter_(1, places, -torch.inf) / temperature).logsumexp(1))
-    if not logits:
-        empty = teacher_hidden.new_zeros(0, k).to(_compute_type(teacher_hidden))
-        return empty, empty.long(), empty[:, 0]
-    return torch.cat(logits), torch.cat(ids), torch.cat(tails)
+    return _loss(hidden, weight, targets, exact, a, chunk_size, normalizer)
 
 
-def _compute_type(hidden: Tensor) -> torch.dtype:
+def compute_type(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden: Tensor, weight: Tensor, chunk_size: int) -> Iterator[Tensor]:
+def chunked_logits(hidden: Tensor, weight: Tensor, chunk_size: int) -> Iterator[Tensor]:
     """Logits [n, V] of one chunk after the other."""
-    wide = weight.to(_compute_type(hidden))
+    wide = weight.to(compute_type(hidden))
     for chunk in hidden.split(chunk_size) if len(hidden) else ():
         with torch.autocast(hidden.device.type, enabled=False):
             logits = chunk.to(wide.dtype) @ wide.T
         yield logits
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor | None, chunk_size: int, whose: str = "") -> None:
+def check_inputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor | None, chunk_size: int, whose: str = ""
+) -> None:
+    """Refuses shapes and targets that do not fit; ``whose`` names them in the message."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{whose}hidden {tuple(hidden.shape)} and {whose}head_weight {tuple(weight.shape)}"
         raise ValueError(f"distillation loss: {shapes} must be [N, H] and [V, H]")
@@ -301,7 +304,7 @@ def _loss(
     if a < 0 or not math.isfinite(a):
         raise ValueError(f"distillation loss: a must be a finite number of at least 0, not {a}")
     count = torch.as_tensor(len(hidden) if normalizer is None else normalizer, device=hidden.device).detach()
-    count = count.to(_compute_type(hidden))
+    count = count.to(compute_type(hidden))
     scale = torch.where(count > 0, count, 1).reciprocal() * (count > 0)
     plan = _Plan(teacher, a, chunk_size, scale, torch.is_grad_enabled())
     return DistillLoss(*_ChunkedLoss.apply(hidden, weight, targets, plan))
@@ -365,7 +368,7 @@ def _pass(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Sums of KD and CE over all chunks, and the gradient of by_kd * KD + by_ce * CE where needed."""
-    dtype = _compute_type(hidden)
+    dtype = compute_type(hidden)
     wide = weight.to(dtype)
     kd, ce = torch.zeros(2, dtype=dtype, device=hidden.device)
     by_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None

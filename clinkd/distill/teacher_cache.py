@@ -1,191 +1,233 @@
-"""The teacher asked once: its last hidden states at the answer tokens, kept for every epoch and every trial.
+"""The teacher asked once: what it says at every answer token, kept for every epoch and every trial.
 
 Decisions:
-- Kept is the state after the last norm, in float16 [N, Ht], and the teacher's head once: logits made of
-  them are the teacher's own (to half precision), at a fraction of the size.
-- Ray Data actors fill it; a part file is named by the records in it and written whole, so a killed
-  build goes on with the parts that are missing.
-- Turns whose truth the student may not see carry the teacher's greedy answer instead, with its confidence.
+- The store of a teacher is a folder on a disk or in a bucket, named by what its rows follow from: the
+  weights, the processor and tokenizer, and the form they are kept in. A row is named by the sample's content
+  (images, question, answer, or how the teacher was asked for one): another split, share or run finds what is
+  there, and of changed data only what changed is asked for again.
+- A part is one Arrow file, written whole and never changed: readers map it into memory, and a build that was
+  killed goes on with the rows that are in no part. Of two builders at once both may write a row; one counts.
+- What a stage learns from is a list (``INDEX``): each sample's answer, confidence and place in the store.
+- Answers are patient data: they are in the store and the list alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+from clinkd import storage
 
-from clinkd.data.records import sample_id
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
 
-HEAD = "head.safetensors"
+    from clinkd.distill.forms import Form
 
-
-@dataclass(frozen=True)
-class LabelSpec:
-    """What a labelling actor needs; travels by value."""
-
-    model: str  # the teacher's Hugging Face folder
-    batch_size: int = 64  # turns in one pass
-    chunk_size: int = 1024
-    max_new_tokens: int = 64
-    threads: int = 1
-    hidden_share: float = 0.0  # share of the turns whose true answers the student may not see
-    seed: int = 0
+FORMAT = 1
+"""Of parts; another number makes every store anew."""
+INDEX, PLACE, HEAD, ABOUT = "index.parquet", "store.json", "head.safetensors", "teacher.json"
+LIGHT = ("key", "answer", "source", "reason", "tokens", "p1", "margin", "entropy", "off")
+"""Columns of a part beside its form's; ``reason``: why a pseudo-label was refused, ``off``: Form.pack's."""
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
 
 
-def is_hidden(sample: str, share: float, seed: int) -> bool:
-    """Whether the student may not see this sample's true answer; a pure function of its name."""
-    import hashlib
-
-    digest = hashlib.sha256(f"{seed}:{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
-
-
-class Labeller:
-    """One actor: the teacher's answers where wanted, and its states at the answer tokens."""
-
-    def __init__(self, spec: LabelSpec) -> None:
-        import torch
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        from clinkd.model.clinkd_qwen2vl import load_model
-
-        torch.set_num_threads(spec.threads)
-        self.spec = spec
-        self.model: Any = load_model(spec.model)
-        self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Ray Data's batch of records to one row per sample."""
-        from clinkd.data.ingest import decode, pngs
-
-        rows = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
-        pictures = [
-            self.processor(images=[decode(png) for png in pngs(row)], return_tensors="pt") for row in rows
-        ]
-        asked = [
-            _Asked(sample_id(record, number), row, turn)
-            for row, (record, turns) in enumerate(zip(batch["id"], batch["turns"], strict=True))
-            for number, turn in enumerate(turns)
-        ]
-        self._answer([item for item in asked if self._unseen(item)], pictures)
-        found: list[dict[str, Any]] = []
-        for at in range(0, len(asked), self.spec.batch_size):
-            found += self._states(asked[at : at + self.spec.batch_size], pictures)
-        keys = ("sample", "task", "answer", "source", "tokens", "hidden", "p1", "margin")
-        return {key: [row[key] for row in found] for key in keys}
-
-    def _unseen(self, item: _Asked) -> bool:
-        return not item.turn["trusted"] or is_hidden(item.name, self.spec.hidden_share, self.spec.seed)
-
-    def _encode(self, item: _Asked, pictures: list[Any], answer: str) -> tuple[list[int], list[int]]:
-        from clinkd.model.chat import encode
-
-        tokens = (pictures[item.row]["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
-        return encode(self.tokenizer, item.turn["question"], answer, tokens)
-
-    def _answer(self, items: list[_Asked], pictures: list[Any]) -> None:
-        """Greedy answers of the teacher in place of the truth, batches of like length."""
-        from clinkd.model.generate import generate_answers
-
-        items = sorted(items, key=lambda item: len(item.turn["question"]))
-        for at in range(0, len(items), self.spec.batch_size):
-            part = items[at : at + self.spec.batch_size]
-            images = _images(part, pictures)
-            prompts = [self._encode(item, pictures, "")[0] for item in part]
-            found = generate_answers(
-                self.model, self.tokenizer, prompts, **images, max_new_tokens=self.spec.max_new_tokens
-            )
-            for item, texts in zip(part, found, strict=True):
-                item.answer, item.source = texts[0], "teacher"
-
-    def _states(self, items: list[_Asked], pictures: list[Any]) -> list[dict[str, Any]]:
-        import torch
-
-        from clinkd.distill.losses import confidence_margin
-        from clinkd.model.chat import collate
-
-        pairs = [self._encode(item, pictures, item.answer) for item in items]
-        batch, device = collate(pairs, self.tokenizer.pad_token_id), self.model.device
-        inputs = {key: value.to(device) for key, value in _images(items, pictures).items()}
-        with torch.inference_mode():
-            hidden = self.model.forward_hidden(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                **inputs,
-            )[:, :-1]
-            chosen = (batch["labels"][:, 1:] != -100).to(device)
-            p1, margin, _ = confidence_margin(
-                hidden[chosen], self.model.lm_head.weight, chunk_size=self.spec.chunk_size
-            )
-        counts = chosen.sum(1).tolist()
-        parts = zip(items, *(part.split(counts) for part in (hidden[chosen], p1, margin)), strict=True)
-        return [
-            {"sample": item.name, "task": item.turn["task"], "answer": item.answer, "source": item.source,
-             "tokens": len(states), "hidden": states.to(torch.float16).cpu().numpy().tobytes(),
-             "p1": float(sure.mean()), "margin": float(ahead.mean())}
-            for item, states, sure, ahead in parts
-        ]  # fmt: skip
+def sample_key(images: Sequence[bytes], question: str, answer: str | Mapping[str, Any]) -> str:
+    """Names a row by its content; ``answer``: the text, or how the teacher was asked for one."""
+    seen = [hashlib.sha256(image).hexdigest() for image in images]
+    text = json.dumps([seen, question, answer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass
-class _Asked:
-    """A turn on its way through the teacher; ``row`` is its record's place in the batch."""
+def teacher_key(model: Path, settings: Mapping[str, Any]) -> str:
+    """Names a store by the teacher's files and ``settings`` (form, type of computation, limits of pixels)."""
+    files = [path for path in sorted(model.iterdir()) if path.is_file() and path.suffix in _MODEL_FILES]
+    seen = {path.name: storage.sha256(path) for path in files}
+    text = json.dumps([FORMAT, seen, dict(settings)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    name: str
+
+class Store:
+    """A teacher's parts in a folder.
+
+    Args:
+        root: folder or URI that holds stores. key: ``teacher_key``.
+    """
+
+    def __init__(self, root: str | Path, key: str) -> None:
+        self.folder = storage.locate(root) / key
+
+    def open(self, head: Tensor | None, about: Mapping[str, Any]) -> None:
+        """Makes the store where it is not there: the teacher's head (None: the form needs none)."""
+        storage.make_folder(self.folder)
+        if head is not None and storage.stamp(self.folder / HEAD) is None:
+            from safetensors.torch import save
+
+            storage.write_whole(self.folder / HEAD, save({"head": head.detach().cpu().clone()}))
+        storage.write_whole(self.folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
+
+    def write(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+        """Writes a part; its name follows from the rows' keys, so that a task done twice leaves one."""
+        import pyarrow as pa
+
+        keys = "".join(sorted(row["key"] for row in rows))
+        name = hashlib.sha256(keys.encode()).hexdigest()[:32] + ".arrow"
+        kinds = _light_schema() | {column: pa.large_binary() for column in columns}
+        table = pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()})
+        with storage.whole(self.folder / name) as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return name
+
+    def parts(self) -> list[str]:
+        return [name for name in storage.names(self.folder) if name.endswith(".arrow")]
+
+    def light(self) -> pa.Table:
+        """Light columns of all parts, with ``part`` and ``row``; the first of rows that are there twice."""
+        import pyarrow as pa
+
+        wanted = list(_light_schema())
+        tables = []
+        for name in self.parts():
+            with (self.folder / name).open("rb") as file:
+                options = pa.ipc.IpcReadOptions(included_fields=list(range(len(wanted))))
+                table = pa.ipc.open_file(file, options=options).read_all()
+            place = {"part": pa.array([name] * len(table)), "row": pa.array(range(len(table)), pa.int32())}
+            for column, values in place.items():
+                table = table.append_column(column, values)
+            tables.append(table)
+        if not tables:
+            return pa.table({key: pa.array([], kind) for key, kind in _placed_schema().items()})
+        return pa.concat_tables(tables)
+
+    def known(self) -> set[str]:
+        return set(self.light().column("key").to_pylist())
+
+
+def _light_schema() -> dict[str, Any]:
+    import pyarrow as pa
+
+    text = dict.fromkeys(("key", "answer", "source", "reason"), pa.string())
+    numbers = dict.fromkeys(("p1", "margin", "entropy", "off"), pa.float32())
+    kinds = text | {"tokens": pa.int32()} | numbers
+    return {name: kinds[name] for name in LIGHT}
+
+
+def _placed_schema() -> dict[str, Any]:
+    import pyarrow as pa
+
+    return _light_schema() | {"part": pa.string(), "row": pa.int32()}
+
+
+def write_index(folder: Path, samples: Iterable[tuple[str, str, str]], store: Store, form: Form) -> pa.Table:
+    """The list of a stage's samples, (sample, task, key) each, in their order; and where the store is.
+
+    Returns:
+        Its table: ``sample, task``, the light columns, ``part, row``.
+
+    Raises:
+        ValueError: a sample that is in no part.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    light = store.light()
+    first: dict[str, int] = {}
+    for row, key in enumerate(light.column("key").to_pylist()):
+        first.setdefault(key, row)
+    listed = sorted(samples)
+    missing = [sample for sample, _, key in listed if key not in first]
+    if missing:
+        raise ValueError(
+            f"teacher cache: {store.folder} lacks {len(missing)} samples, {missing[0]} among them"
+        )
+    table = light.take([first[key] for _, _, key in listed])
+    for at, name in enumerate(("sample", "task")):
+        table = table.add_column(at, name, pa.array([row[at] for row in listed], pa.string()))
+    pq.write_table(table, folder / INDEX)
+    place = {"folder": str(storage.absolute(store.folder)), "form": form.name, "k": form.k,
+             "vocabulary": form.vocabulary, "endpoint": storage.endpoint()}  # fmt: skip
+    storage.write_whole(folder / PLACE, json.dumps(place) + "\n")
+    return table
+
+
+class _Place(NamedTuple):
+    part: str
     row: int
-    turn: dict[str, Any]
-    answer: str = ""
-    source: str = "truth"
-
-    def __post_init__(self) -> None:
-        self.answer = self.turn["answer"]
-
-
-def _images(items: list[_Asked], pictures: list[Any]) -> dict[str, Any]:
-    """The distinct images of some turns, and which of them each turn shows, turn after turn."""
-    import torch
-
-    rows = list(dict.fromkeys(item.row for item in items))
-    sizes = [len(pictures[row]["image_grid_thw"]) for row in rows]
-    own = dict(zip(rows, torch.arange(sum(sizes)).split(sizes), strict=True))
-    return {
-        "pixel_values": torch.cat([pictures[row]["pixel_values"] for row in rows]),
-        "image_grid_thw": torch.cat([pictures[row]["image_grid_thw"] for row in rows]),
-        "image_index": torch.cat([own[item.row] for item in items]),
-    }
-
-
-def write_head(model: Path, out: Path) -> None:
-    """The teacher's head, once, beside its states."""
-    from safetensors.torch import save_file
-
-    from clinkd.model.clinkd_qwen2vl import load_model
-
-    save_file({"head": load_model(model).lm_head.weight.detach().clone()}, out / HEAD)
 
 
 class TeacherCache:
-    """Reads a cache: states, answers and margins by sample."""
+    """Reads what a stage's list names: answers, margins and states by sample.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: holds ``INDEX`` and ``PLACE``. scratch: where parts of a bucket are brought to; only for one.
+
+    Raises:
+        FileNotFoundError: the store is gone.
+    """
+
+    def __init__(self, folder: Path, scratch: Path | None = None) -> None:
         import pyarrow.parquet as pq
-        from safetensors.torch import load_file
 
-        self.head = load_file(folder / HEAD)["head"].float()  # [Vt, Ht]
-        table = pq.read_table(folder / "states")
-        self._row = {name: row for row, name in enumerate(table.column("sample").to_pylist())}
-        self._hidden = table.column("hidden").combine_chunks()
-        self.answers = dict(zip(self._row, table.column("answer").to_pylist(), strict=True))
-        self.margins = dict(zip(self._row, table.column("margin").to_pylist(), strict=True))
+        from clinkd.distill.forms import Form
+
+        place = json.loads((folder / PLACE).read_text())
+        storage.configure(place.pop("endpoint"))
+        self.store, self.scratch = storage.locate(place.pop("folder")), scratch
+        self.form = Form(place.pop("form"), **place)
+        table = pq.read_table(folder / INDEX)
+        good = table.filter(table.column("reason").is_null())
+        names = good.column("sample").to_pylist()
+        places = zip(good.column("part").to_pylist(), good.column("row").to_pylist(), strict=True)
+        self._places = dict(zip(names, map(_Place._make, places), strict=True))
+        self.answers = dict(zip(names, good.column("answer").to_pylist(), strict=True))
+        self.margins = dict(zip(names, good.column("margin").to_pylist(), strict=True))
+        self.head = None if self.form.name == "topk" else self._head()  # [Vt, Ht] float32
+        self._open: dict[str, Any] = {}
 
     def __contains__(self, sample: str) -> bool:
-        return sample in self._row
+        return sample in self._places
 
-    def hidden(self, sample: str) -> np.ndarray:
-        """The teacher's states at the sample's answer tokens, float16 [N, Ht]."""
-        raw = self._hidden[self._row[sample]].as_py()
-        return np.frombuffer(raw, np.float16).reshape(-1, self.head.shape[1])
+    def read(self, samples: Sequence[str]) -> dict[str, Tensor]:
+        """What the loss takes of the answer tokens, one sample after the other; see ``Form.unpack``."""
+        kept: dict[str, list[bytes]] = {name: [] for name in self.form.columns}
+        for sample in samples:
+            part, row = self._places[sample]
+            columns = self._columns(part)
+            for name, values in kept.items():
+                values.append(columns[name][row].as_buffer())
+        width = 0 if self.head is None else self.head.shape[1]
+        return self.form.unpack(kept, width)
+
+    def _columns(self, part: str) -> Any:
+        if part not in self._open:
+            import pyarrow as pa
+
+            table = pa.ipc.open_file(pa.memory_map(str(self._local(part)))).read_all()
+            self._open[part] = {name: table.column(name).chunk(0) for name in self.form.columns}
+        return self._open[part]
+
+    def _head(self) -> Tensor:
+        from safetensors.torch import load_file
+
+        return load_file(self._local(HEAD))["head"].float()
+
+    def _local(self, name: str) -> Path:
+        """A file of the store as one that can be mapped."""
+        path = self.store / name
+        if storage.stamp(path) is None:
+            raise FileNotFoundError(
+                f"teacher cache: {path} is gone; delete the stage label's folder of artifacts, and run again"
+            )
+        if not storage.is_remote(path):
+            return path
+        if self.scratch is None:
+            raise ValueError(f"teacher cache: {path} lies in a bucket; a folder for its copies is wanted")
+        near = self.scratch / name
+        if not near.exists():
+            with path.open("rb") as far, storage.whole(near) as file:
+                shutil.copyfileobj(far, file, 1 << 20)
+        return near

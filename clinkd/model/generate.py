@@ -23,7 +23,6 @@ from clinkd.model.guided import GuidedModel
 from clinkd.model.presets import IM_END
 
 
-@torch.no_grad()
 def generate_answers(
     model: GuidedModel,
     tokenizer: Any,
@@ -58,6 +57,44 @@ def generate_answers(
     Raises:
         ValueError: several answers without sampling (they would be the same), numbers that do not match.
     """
+    written = generate_ids(
+        model, tokenizer, prompts, pixel_values, image_grid_thw, image_index, max_new_tokens=max_new_tokens,
+        do_sample=do_sample, temperature=temperature, num_return_sequences=num_return_sequences,
+        alignment=alignment, relevance=relevance, seed=seed,
+    )  # fmt: skip
+    spelled = codecs or [BoxCodec()] * len(prompts)
+    return [
+        [decode_answer(tokenizer, ids, codec) for ids in answers]
+        for answers, codec in zip(written, spelled, strict=True)
+    ]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: GuidedModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: Tensor | None,
+    image_grid_thw: Tensor,
+    image_index: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    image_features: Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    num_return_sequences: int = 1,
+    alignment: Tensor | None = None,
+    relevance: Tensor | None = None,
+    seed: int | None = None,
+) -> list[list[list[int]]]:
+    """As :func:`generate_answers`, what was written as token ids: an answer that was cut off lacks its end.
+
+    Args:
+        image_features: [merged patches, H] of the distinct images, in the place of ``pixel_values``.
+
+    Returns:
+        B lists of ``num_return_sequences`` answers, each up to and with ``<|im_end|>``.
+    """
     if num_return_sequences > 1 and not do_sample:
         raise ValueError("generate: several answers per prompt need do_sample")
     index = torch.as_tensor(image_index, dtype=torch.long)
@@ -87,7 +124,12 @@ def generate_answers(
         with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            outputs, grids = model.encode_images(grid, pixel_values.to(device), image_index=shown)
+            outputs, grids = model.encode_images(
+                grid,
+                None if pixel_values is None else pixel_values.to(device),
+                image_features,
+                image_index=shown,
+            )
             written = model.generate(  # type: ignore[misc]
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
@@ -99,9 +141,9 @@ def generate_answers(
             )
     finally:
         model.train(training)
-    spelled = [codec for codec in codecs or [BoxCodec()] * len(prompts) for _ in range(repeat)]
     new = written[:, batch["input_ids"].shape[1] :].tolist()
-    answers = [decode_answer(tokenizer, ids, codec) for ids, codec in zip(new, spelled, strict=True)]
+    end = tokenizer.convert_tokens_to_ids(IM_END)
+    answers = [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
 
 

@@ -69,6 +69,7 @@ class ReportInputs:
             image. What a row does not have, or has as None, is left away.
         sweep: rows of the trials' table, in the order to print.
         guidance: the run's rotary parameters: lambda_h, lambda_w, alpha_h, alpha_w, gamma, mode.
+        certificate: what ``distill.certificate.certify`` found for the loss that the student learned by.
         commands: (what it does, command) for the page's last part; empty: those that follow from the name.
     """
 
@@ -85,6 +86,7 @@ class ReportInputs:
     guide_samples: Sequence[Mapping[str, Any]] = ()
     sweep: Sequence[Mapping[str, Any]] = ()
     guidance: Mapping[str, Any] | None = None
+    certificate: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[tuple[str, str]] = ()
 
 
@@ -216,6 +218,7 @@ def _provenance(run: ReportInputs) -> dict[str, Any]:
         "seconds": sum(row["seconds"] or 0.0 for row in stages),
         "config": gallery.clip(run.config, MOST_CONFIG),
         "config_hash": hashlib.sha256(run.config.encode("utf-8", "replace")).hexdigest(),
+        "certificate": run.certificate,
         "versions": {**tables.mapping(run.evaluation.get("versions")), **run.versions},
         "sweep_keys": keys,
         "sweep": [[row.get(key) for key in keys] for row in list(run.sweep)[:MOST_ROWS]],

@@ -19,7 +19,7 @@ def guide_samples(run: Run) -> list[dict[str, Any]]:
     """
     from transformers import AutoTokenizer
 
-    from clinkd.train.pixels import load_processor
+    from clinkd.model.pixels import load_processor
 
     path = run.done["guide"].path / FILE
     chosen: dict[str, tuple[dict[str, Any], int]] = {}
@@ -39,8 +39,8 @@ def _laid_out(
 ) -> dict[str, Any]:
     """One question: its scores, and how many tokens stand before, in and after its image."""
     from clinkd.model.chat import encode
+    from clinkd.model.pixels import resized
     from clinkd.model.presets import IMAGE
-    from clinkd.train.pixels import resized
 
     asked, score = row["turns"][turn], scores[sample_id(row["id"], turn)]
     side = processor.patch_size * processor.merge_size

@@ -17,6 +17,7 @@ from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
+from clinkd.stages import certificate
 from clinkd.stages.base import Run, write_whole
 from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
@@ -119,6 +120,7 @@ def report(run: Run) -> Path:
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),
+        certificate=json.loads((run.done["distill"].path / certificate.FILE).read_text()),
         versions={key: value or "not installed" for key, value in versions().items()},
         stages=run.log,
     )

@@ -9,6 +9,7 @@ from clinkd.config import ConfigError, RunConfig, load_config
 from clinkd.stages import outcome, training
 from clinkd.stages.base import Run, open_run
 from clinkd.stages.guide import guide
+from clinkd.stages.label import label
 from clinkd.stages.prepare import prepare
 from clinkd.stages.reflection import reflect
 
@@ -36,7 +37,7 @@ def finish(current: Run) -> Path:
 
 def run_to(config: RunConfig, last: str) -> Artifact:
     """All stages up to and with ``last``."""
-    order = [prepare, guide, training.teacher, training.label, training.distill, reflect]
+    order = [prepare, guide, training.teacher, label, training.distill, reflect]
     names = [stage.__name__ for stage in order]
     with open_run(config) as current:
         for stage in order[: names.index(last) + 1]:
@@ -73,4 +74,4 @@ def share(current: Run) -> None:
     prepare(current)
     guide(current)
     training.teacher(current)
-    training.label(current)
+    label(current)

@@ -1,4 +1,4 @@
-"""Stages teacher, label and distill, and what every stage that trains does.
+"""Stages teacher and distill, and what every stage that trains does.
 
 Decisions:
 - A model made here starts from a folder like any checkpoint, so training knows one way to begin.
@@ -21,7 +21,8 @@ from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
 from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
-from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
+from clinkd.stages.certificate import method_of, stamp
+from clinkd.stages.models import pixel_limits, student_start, teacher_rope, vqa_spec
 
 if TYPE_CHECKING:
     from clinkd.train.feed import StreamSpec
@@ -82,77 +83,33 @@ def _given_teacher(run: Run, path: Path) -> Artifact:
     return run.stage("teacher", [], {"path": str(path.resolve()), "content": content_digest(path)}, make)
 
 
-def label(run: Run) -> Artifact:
-    """The teacher asked once about every training sample: answers, confidence, states."""
-    config = run.config
-    settings = {
-        "unlabelled_share": config.distill.unlabelled_share, "share": config.distill.share,
-        "seed": config.run.seed,
-    }  # fmt: skip
-
-    def make(draft: Draft) -> dict[str, Any]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        import ray.data
-
-        from clinkd.data.ingest import read_records
-        from clinkd.distill.teacher_cache import Labeller, LabelSpec, write_head
-
-        data, model = run.done["prepare"].path, teacher_folder(run)
-        turns = turn_counts(run)
-        chosen = share_of(list(turns), config.distill.share, config.run.seed)
-        run.progress.start("label", sum(turns[record] for record in chosen))
-        labelled = read_records(data, ids=chosen, blocks=run.blocks).map_batches(
-            Labeller,
-            fn_constructor_args=(
-                LabelSpec(
-                    str(model.resolve()), hidden_share=config.distill.unlabelled_share, seed=config.run.seed
-                ),
-            ),
-            batch_size=32,
-            compute=ray.data.ActorPoolStrategy(size=config.compute.actors),
-            num_cpus=0.5,
-        )
-        tables: list[Any] = []
-        done = 0
-        for table in labelled.iter_batches(batch_format="pyarrow", batch_size=1024):
-            tables.append(table)
-            done += len(table)
-            run.progress.update(done, record=False)
-        (draft.path / "states").mkdir(exist_ok=True)
-        whole = pa.concat_tables(tables).sort_by("sample")
-        pq.write_table(whole, draft.path / "states" / "part-00000.parquet", row_group_size=4096)
-        write_head(model, draft.path)
-        taught = sum(source == "teacher" for source in whole.column("source").to_pylist())
-        run.progress.finish(samples=done, pseudo_labels=taught)
-        return {"samples": done, "pseudo_labels": taught}
-
-    return run.stage("label", ["prepare", "teacher"], settings, make)
-
-
 def distill(run: Run) -> Artifact:
     """The student, from the teacher's cache."""
     config, options = run.config, run.config.distill
     settings = {
-        "distill": options.model_dump(), "model": config.model.model_dump(exclude={"lora", "attention"}),
+        "distill": options.model_dump(exclude={"cache": {"root"}}),
+        "model": config.model.model_dump(exclude={"lora", "attention"}),
         "rope": config.rope.model_dump(), "seed": config.run.seed, "precision": config.compute.precision,
     } | models.lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.tasks import DistillSpec, DistillTask
 
+        certificate = stamp(config, draft.path)
         spec = vqa_spec(
             run, student_start(run, draft), config.rope, train_vision=config.model.train_vision,
             lora=config.model.lora,
         )  # fmt: skip
-        kept = {"a": options.a, "temperature": options.temperature, "divergence": options.divergence}
-        learn = DistillSpec(str(run.done["label"].path), kept, options.start_quantile, options.end_quantile)
+        learn = DistillSpec(
+            str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
+        )
         zero = config.compute.zero_stage
-        return train(
+        counts = train(
             run, draft, "distill", options.optim, zero,
             lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
         )  # fmt: skip
+        return counts | {"certified": certificate["ok"]}
 
     return run.stage("distill", ["prepare", "guide", "teacher", "label"], settings, make)
 

@@ -25,9 +25,9 @@ from clinkd.data.records import sample_id
 from clinkd.data.scores import Score, Scores, mean
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
 from clinkd.model.guide import guide_inputs, merged_grids
+from clinkd.model.pixels import Patches, blank, cut, image_tokens, join, load_processor
 from clinkd.model.presets import IMAGE, VISION_START
 from clinkd.model.rope import RopeGuidance
-from clinkd.train.pixels import Patches, blank, cut, image_tokens, join, load_processor
 
 CUT = "patches"
 """Key of a row's images once they are cut: its turns may stand in several batches of a job."""

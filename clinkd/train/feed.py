@@ -21,8 +21,8 @@ import torch
 
 from clinkd.data.feed import Arrays, Resources, Shards, jobs, stream
 from clinkd.data.plan import Batch, LengthIndex, Past, PlanOptions, plan_epoch
+from clinkd.model.pixels import Numbers
 from clinkd.train.batches import BatchSpec
-from clinkd.train.pixels import Numbers
 from clinkd.train.tasks import SupervisedTask, VqaSpec
 
 

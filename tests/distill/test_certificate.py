@@ -19,6 +19,15 @@ def test_every_divergence_and_type_is_certified(divergence, dtype):
     assert found["max_value_error"] <= found["value_tolerance"]
 
 
+@pytest.mark.parametrize("given", ["topk", "logits"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_other_shapes_of_the_teacher_are_certified(given, divergence, temperature):
+    found = certify(given=given, divergence=divergence, temperature=temperature)
+    assert found["ok"], found["failures"]
+    assert found["loss"]["given"] == given
+
+
 @pytest.mark.parametrize(
     "options",
     [

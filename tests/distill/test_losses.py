@@ -11,13 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinkd.distill.certificate import oracle_loss
-from clinkd.distill.losses import (
-    answer_loss,
-    confidence_margin,
-    distill_loss,
-    distill_loss_topk,
-    top_k_logits,
-)
+from clinkd.distill.losses import answer_loss, distill_loss, distill_loss_logits, distill_loss_topk
+from clinkd.distill.summary import COOLEST, HOTTEST, confidence_margin, tail_at, top_k_logits
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
 
@@ -241,6 +236,13 @@ def test_confidence_of_a_teacher_that_knows_nothing_and_one_that_is_certain():
 # --- top-k with the tail as one bucket
 
 
+def top_k(inputs, k, temperature, vocabulary, chunk=64):
+    """The teacher's top k, their ids, and the tail of exactly this temperature."""
+    top, ids, _ = top_k_logits(*inputs[3:], k=k, vocabulary=vocabulary, chunk_size=chunk)
+    logits = (inputs[3] @ inputs[4][:vocabulary].T).scatter(1, ids, -torch.inf)
+    return top, ids, (logits / temperature).logsumexp(1)
+
+
 def bucketed_oracle(inputs, k, *, temperature, divergence, a, jsd_beta=0.5):
     """Coarsen both distributions to k + 1 outcomes, then let the oracle take their logarithms for logits."""
     hidden, head, targets, teacher, teacher_head = inputs
@@ -275,7 +277,7 @@ def test_top_k_is_the_divergence_of_the_coarsened_distributions(k, vt, temperatu
     inputs = case(vt=vt, seed=seed)
     common = min(31, vt)
     method = {"temperature": temperature, "divergence": divergence, "a": 0.5}
-    small = top_k_logits(*inputs[3:], k=k, temperature=temperature, vocabulary=common, chunk_size=chunk)
+    small = top_k(inputs, k, temperature, common, chunk)
     ours = distill_loss_topk(*inputs[:3], *small, vocabulary=common, chunk_size=chunk, **method).total
     truth = bucketed_oracle(inputs, k, **method)
     torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-7)
@@ -288,16 +290,52 @@ def test_top_k_is_exact_when_only_one_token_is_left_over_and_a_lower_bound_befor
     exact = distill_loss(*inputs, a=1.0, temperature=0.5).kd
 
     def at(k):
-        small = top_k_logits(*inputs[3:], k=k, temperature=0.5, vocabulary=20)
+        small = top_k(inputs, k, 0.5, 20)
         return distill_loss_topk(*inputs[:3], *small, vocabulary=20, a=1.0, temperature=0.5).kd.item()
 
     kds = [at(k) for k in (1, 4, 8, 16, 19)]
     assert kds == sorted(kds) and kds[-1] == pytest.approx(exact.item())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    temperature=st.floats(COOLEST, HOTTEST),
+    scale=st.floats(0.1, 10),
+    vocabulary=st.integers(12, 400),
+    seed=st.integers(0, 99),
+)
+def test_the_tails_mass_is_known_at_any_temperature(temperature, scale, vocabulary, seed):
+    _, _, _, teacher, head = case(vt=vocabulary, seed=seed)
+    teacher = teacher * scale / 6**0.5
+    _, ids, tails = top_k_logits(teacher, head, k=8, vocabulary=vocabulary)
+    rest = (teacher @ head.T).scatter(1, ids, -torch.inf)
+    torch.testing.assert_close(
+        tail_at(tails, temperature), (rest / temperature).logsumexp(1), atol=2e-3, rtol=0
+    )
+
+
+def test_a_temperature_without_tails_is_refused():
+    with pytest.raises(ValueError, match=r"from 0\.2 to 5"):
+        tail_at(torch.zeros(2, 12), 0.1)
+
+
+def test_whole_logits_are_the_states_they_came_from():
+    inputs = case(vt=37)
+    method = {"a": 0.5, "temperature": 0.7, "divergence": "jsd", "chunk_size": 3}
+    exact = distill_loss(*inputs, **method)
+    given_logits = distill_loss_logits(*inputs[:3], inputs[3] @ inputs[4].T, **method)
+    for one, other in zip(exact, given_logits, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    found = zip(gradients(exact.total, inputs), gradients(given_logits.total, inputs), strict=True)
+    for one, other in found:
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match="6 teacher states for 7"):
+        distill_loss_logits(*inputs[:3], torch.zeros(6, 37), a=0.5, temperature=1.0)
+
+
 def test_top_k_without_tokens():
     inputs = case(n=0)
-    small = top_k_logits(*inputs[3:], k=4, temperature=0.5, vocabulary=31)
+    small = top_k(inputs, 4, 0.5, 31)
     loss = distill_loss_topk(*inputs[:3], *small, vocabulary=31, a=0.5, temperature=0.5)
     assert loss.total.item() == 0 and loss.total.requires_grad
 
@@ -335,4 +373,4 @@ def test_shapes_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             run(*inputs)
     with pytest.raises(ValueError, match="vocabulary"):
-        top_k_logits(teacher, teacher_head, k=37, temperature=1.0, vocabulary=37)
+        top_k_logits(teacher, teacher_head, k=37, vocabulary=37)

@@ -15,8 +15,8 @@ import pytest
 from encoder_folders import noise
 
 import clinkd
+from clinkd.model.pixels import load_processor
 from clinkd.model.presets import TinySize, image_processor
-from clinkd.train.pixels import load_processor
 
 ROOT = Path(clinkd.__file__).parent
 

@@ -235,21 +235,26 @@ def test_ray_datas_batches_bring_all_images(folder: Path, ray_session: None) -> 
         assert len(found) == 2 * len(rows)
 
 
-def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path) -> None:
-    from clinkd.distill.teacher_cache import Labeller, LabelSpec
+def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path, tmp_path: Path) -> None:
+    from clinkd.distill.forms import Form
+    from clinkd.distill.labeller import Labeller, LabelSpec
+    from clinkd.distill.teacher_cache import Store, TeacherCache, write_index
 
-    labeller = Labeller(LabelSpec(str(folder), hidden_share=0.5, max_new_tokens=4))
-    together = labeller(as_batch(ROWS))
-    assert set(together["source"]) == {"truth", "teacher"}
-    for at in range(len(ROWS)):
-        alone = labeller(as_batch(ROWS[at : at + 1]))
+    def asked(rows: list[dict[str, Any]], name: str) -> TeacherCache:
+        out, spec = tmp_path / name, LabelSpec(str(folder), str(tmp_path), name)
+        store = Store(tmp_path, name)
+        store.open(load_model(folder).lm_head.weight, {})
+        found = Labeller(spec)(as_batch(rows))
+        samples = list(zip(found["sample"], found["task"], found["key"], strict=True))
+        write_index(out, samples, store, Form())
+        return TeacherCache(out)
+
+    together = asked(ROWS, "together")
+    for at, one in enumerate(ROWS):
+        alone = asked(ROWS[at : at + 1], f"alone-{at}")
         for turn in range(2):
-            number = together["sample"].index(alone["sample"][turn])
-            assert together["answer"][number] == alone["answer"][turn]
-            states = [
-                torch.frombuffer(bytearray(found["hidden"][place]), dtype=torch.float16)
-                for found, place in ((together, number), (alone, turn))
-            ]
+            sample = [f"{one['id']}#{turn}"]
+            states = [cache.read(sample)["teacher_hidden"] for cache in (together, alone)]
             torch.testing.assert_close(*states, atol=5e-3, rtol=5e-3)
 
 

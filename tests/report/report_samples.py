@@ -12,6 +12,7 @@ from clinkd.data.boxes import format_box, iou, parse_boxes
 from clinkd.data.phantoms import NAMES, PhantomSpec, draw
 from clinkd.data.records import MODALITIES, Record, sample_id
 from clinkd.data.regions import coverage
+from clinkd.distill.certificate import certify
 from clinkd.report.html import ReportInputs
 
 SPEC = PhantomSpec(images=32, seed=5)
@@ -207,6 +208,7 @@ def whole_run(**changes: Any) -> ReportInputs:
         "images": lambda names: {name: files[name] for name in names if name in files},
         "config": "run:\n  name: tiny\nmodel:\n  lambda: 2.0\n",
         "versions": {"ray": "2.60", "torch": "2.10"},
+        "certificate": certify(),
         "stages": stages,
         "guide": {"retrieval_at_1": 0.41, "chance": 0.03, "regions": 120, "patch_auc": 0.91},
         "guide_samples": guide_samples_of(drawn[:10], rng),

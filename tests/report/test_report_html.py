@@ -158,6 +158,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path):
         "No stages were recorded.",
         "This run belongs to no sweep.",
         "The configuration was not kept",
+        "No loss certificate was kept with this run.",
         "No software versions were recorded.",
     ):
         assert sentence in text, sentence

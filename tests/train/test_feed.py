@@ -17,10 +17,10 @@ from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.plan import PlanOptions
 from clinkd.data.shards import iter_rows, schema
 from clinkd.model.chat import encode
+from clinkd.model.pixels import Numbers, blank, cut, image_tokens, join, load_processor
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.batches import BatchSpec, batch_maker
 from clinkd.train.feed import Stream, StreamSpec, StreamTask
-from clinkd.train.pixels import Numbers, blank, cut, image_tokens, join, load_processor
 from clinkd.train.tasks import SupervisedTask, VqaSpec
 
 GUIDANCE = RopeGuidance(2.0, 2.0)

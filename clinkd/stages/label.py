@@ -1,0 +1,197 @@
+"""Stage label: the teacher asked once about the training samples that the student learns from.
+
+Decisions:
+- The rows lie in a store that all runs under the root (or in a bucket) share; the artifact is the list of the
+  samples and where each is. So a changed share, split or image asks the teacher about what is new alone.
+- What the teacher was asked is counted: ``new`` samples and ``teacher_passes``, both 0 where all was known.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clinkd import storage
+from clinkd.artifacts import Artifact, Draft
+from clinkd.config import ConfigError
+from clinkd.stages.base import Run
+from clinkd.stages.models import pixel_limits, teacher_folder
+from clinkd.stages.training import share_of, turn_counts
+
+if TYPE_CHECKING:
+    from clinkd.distill.forms import Form
+    from clinkd.distill.labeller import LabelSpec
+
+MEASURED = 1000
+"""Answers whose tokens are counted for the forecast."""
+
+
+def label(run: Run) -> Artifact:
+    """Answers, confidence and states of the training samples, or of ``distill.share`` of their records."""
+    options = run.config.distill
+    settings = {
+        "unlabelled_share": options.unlabelled_share, "share": options.share, "seed": run.config.run.seed,
+        "cache": options.cache.model_dump(exclude={"root"}), "max_label_tokens": options.max_label_tokens,
+        "best_of": options.best_of, "dtype": run.config.model.dtype,
+    } | pixel_limits(run.config)  # fmt: skip
+    if options.best_of > 1:
+        settings["label_temperature"] = options.label_temperature
+    if options.cache.form == "topk":
+        settings["student"] = run.config.model.path
+
+    def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.distill.teacher_cache import Store, write_index
+
+        model = teacher_folder(run)
+        config = json.loads((model / "config.json").read_text())
+        spec = _spec(run, model, config)
+        turns = turn_counts(run)
+        chosen = share_of(list(turns), options.share, run.config.run.seed)
+        total = sum(turns[record] for record in chosen)
+        store = Store(spec.root, spec.key)
+        _forecast(run, model, store, spec.form, _width(config), total)
+        store.open(_head(model) if spec.form.name != "topk" else None, _about(spec))
+        samples, passes = _ask(run, spec, chosen, total)
+        table = write_index(draft.path, [sample[:3] for sample in samples], store, spec.form)
+        return _counts(run, table, sum(sample[3] for sample in samples), passes)
+
+    return run.stage("label", ["prepare", "teacher"], settings, make, version=2)
+
+
+def _spec(run: Run, model: Path, config: dict[str, Any]) -> LabelSpec:
+    from clinkd.distill.forms import Form
+    from clinkd.distill.labeller import LabelSpec
+    from clinkd.distill.teacher_cache import teacher_key
+
+    options, cache = run.config.distill, run.config.distill.cache
+    try:
+        exact = cache.form != "topk"
+        form = Form(cache.form) if exact else Form(cache.form, cache.k, _vocabulary(run, config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    settings = {
+        "form": cache.form, "k": form.k, "vocabulary": form.vocabulary, "dtype": run.config.model.dtype,
+    } | pixel_limits(run.config)  # fmt: skip
+    return LabelSpec(
+        model=str(model.resolve()), root=_root(run), key=teacher_key(model, settings), form=form,
+        chunk_size=options.chunk_size, max_new_tokens=options.max_label_tokens, best_of=options.best_of,
+        temperature=options.label_temperature, hidden_share=options.unlabelled_share,
+        seed=run.config.run.seed, dtype=run.config.model.dtype, min_pixels=run.config.model.min_pixels,
+        max_pixels=run.config.model.max_pixels, endpoint=storage.endpoint(),
+    )  # fmt: skip
+
+
+def _root(run: Run) -> str:
+    given = run.config.distill.cache.root or Path(run.config.run.root) / "teacher-cache"
+    return str(storage.absolute(storage.locate(given)))
+
+
+def _text(config: dict[str, Any], key: str) -> int:
+    """A number of a model's config.json that stands in its text part, or beside it in older folders."""
+    return int(config.get("text_config", {}).get(key) or config[key])
+
+
+def _width(config: dict[str, Any]) -> int:
+    return _text(config, "hidden_size")
+
+
+def _vocabulary(run: Run, teacher: dict[str, Any]) -> int:
+    """The common prefix of the vocabularies of teacher and student."""
+    own = _text(teacher, "vocab_size")
+    if run.config.model.path is None:  # made here, with the teacher's tokens
+        return own
+    student = json.loads((Path(run.config.model.path) / "config.json").read_text())
+    return min(own, _text(student, "vocab_size"))
+
+
+def _about(spec: LabelSpec) -> dict[str, Any]:
+    return {
+        "teacher": spec.model, "form": spec.form.name, "k": spec.form.k, "vocabulary": spec.form.vocabulary,
+        "dtype": spec.dtype,
+    }  # fmt: skip
+
+
+def _head(model: Path) -> Any:
+    from clinkd.model.clinkd_qwen2vl import load_model
+
+    return load_model(model).lm_head.weight
+
+
+def _forecast(run: Run, model: Path, store: Any, form: Form, width: int, total: int) -> None:
+    """Says how large the rows will be, reckoned from some of the answers.
+
+    Raises:
+        ConfigError: they will not fit on the disk.
+    """
+    from clinkd.data.shards import samples
+    from clinkd.distill.labeller import answer_tokens
+
+    texts = [item["answer"] for item in samples(run.done["prepare"].path, "train")]
+    some = texts[:: max(1, len(texts) // MEASURED)]
+    tokens = round(answer_tokens(model, some) / len(some) * total)
+    size = tokens * form.token_bytes(width)
+    known = len(store.parts())
+    run.progress.say(
+        f"label: {total:,} samples, about {tokens:,} answer tokens: {_readable(size)} as {form.name} "
+        f"({form.token_bytes(width):,} bytes a token) in {store.folder}"
+        + (f"; {known:,} parts are there, what they hold is not asked again" if known else "")
+    )
+    if not storage.is_remote(store.folder) and not known:
+        above = next(folder for folder in store.folder.parents if folder.exists())
+        free = shutil.disk_usage(above).free
+        if size > free:
+            raise ConfigError(
+                f"distill.cache: {_readable(size)} will not fit: {_readable(free)} are free in {above}; "
+                "choose form=topk or int8, a smaller distill.share, or another cache.root"
+            )
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def _ask(
+    run: Run, spec: LabelSpec, chosen: list[str], total: int
+) -> tuple[list[tuple[str, str, str, bool]], int]:
+    """(sample, task, key, new) of all samples, and how often the teacher ran."""
+    import ray.data
+
+    from clinkd.data.ingest import read_records
+    from clinkd.distill.labeller import Labeller
+
+    compute = run.config.compute
+    gpus = compute.workers * compute.gpus_per_worker / compute.actors
+    run.progress.start("label", total)
+    labelled = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks).map_batches(
+        Labeller, fn_constructor_args=(spec,), batch_size=32, num_cpus=0.5, num_gpus=gpus or None,
+        compute=ray.data.ActorPoolStrategy(size=compute.actors),
+    )  # fmt: skip
+    found: list[tuple[str, str, str, bool]] = []
+    passes = 0
+    for table in labelled.iter_batches(batch_format="pyarrow", batch_size=1024):
+        columns = (table.column(name).to_pylist() for name in ("sample", "task", "key", "new"))
+        found += zip(*columns, strict=True)
+        passes += sum(table.column("passes").to_pylist())
+        run.progress.update(len(found), record=False)
+    return found, passes
+
+
+def _counts(run: Run, table: Any, new: int, passes: int) -> dict[str, Any]:
+    """What was asked, learned and refused; the figures add up to the samples."""
+    ways = Counter(zip(table.column("source").to_pylist(), table.column("reason").to_pylist(), strict=True))
+    reasons = {reason: count for (_, reason), count in ways.items() if reason is not None}
+    taught = ways["teacher", None]
+    counts = {
+        "samples": len(table), "truths": len(table) - taught - sum(reasons.values()), "pseudo_labels": taught,
+        "refused": sum(reasons.values()), "new": new, "teacher_passes": passes,
+    }  # fmt: skip
+    run.progress.record(stage="label", event="refused", **reasons)
+    run.progress.finish(**counts)
+    return counts | {f"refused_{reason}": count for reason, count in sorted(reasons.items())}
