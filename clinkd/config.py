@@ -155,7 +155,7 @@ class CacheSection(Section):
 
 
 class DistillSection(Section):
-    """Distillation from the cached teacher, before the full data."""
+    """Distillation from the teacher, before the full data."""
 
     a: float = Field(0.5, ge=0, description="weight of the divergence: (a*KD + CE) / (1 + a)")
     temperature: float = Field(0.5, gt=0)
@@ -176,12 +176,26 @@ class DistillSection(Section):
     max_label_tokens: int = Field(64, ge=1, description="an answer that has not ended by then is refused")
     start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
     end_quantile: float = Field(0.0, ge=0, le=1)
+    teacher: Literal["cache", "online"] = Field(
+        "cache",
+        description="where the teacher's states come from: what label kept of them, or the teacher itself, "
+        "loaded beside the student",
+    )
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="share of the steps that learn from the student's own sampled answers"
+    )
+    sample_temperature: float = Field(1.0, gt=0, description="at which the student samples them")
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that the student samples")
     optim: OptimSection = OptimSection()
 
     @model_validator(mode="after")
-    def _kept(self) -> DistillSection:
+    def _possible(self) -> DistillSection:
         if self.cache.form == "topk" and not 0.2 <= self.temperature <= 5:
             raise ValueError(f"temperature ({self.temperature}) has to lie in [0.2, 5] with cache.form topk")
+        if self.on_policy and self.teacher != "online":
+            raise ValueError("on_policy above 0 needs teacher: online, no cache has such answers")
+        if self.on_policy and not self.a:
+            raise ValueError("on_policy above 0 needs a above 0: only the divergence teaches there")
         return self
 
 

@@ -89,3 +89,13 @@ def test_what_only_a_stream_can_do_is_refused_of_a_table(tmp_path: Path) -> None
     assert load_config(write(tmp_path, "feed: {mode: stream, pack_tokens: 512}\n")).feed.pack_tokens == 512
     with pytest.raises(ConfigError, match=r"min_pixels \(9\) is above max_pixels \(4\)"):
         load_config(write(tmp_path, "model: {min_pixels: 9, max_pixels: 4}\n"))
+
+
+def test_the_students_own_answers_need_a_teacher_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="on_policy above 0 needs teacher: online") as caught:
+        load_config(write(tmp_path, "distill: {on_policy: 0.5}\n"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="on_policy above 0 needs a above 0"):
+        load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online, a: 0}\n"))
+    whole = load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online}\n"))
+    assert whole.distill.on_policy == 0.5

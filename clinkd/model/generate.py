@@ -86,11 +86,13 @@ def generate_ids(
     alignment: Tensor | None = None,
     relevance: Tensor | None = None,
     seed: int | None = None,
+    banned: Sequence[int] = (),
 ) -> list[list[list[int]]]:
     """As :func:`generate_answers`, what was written as token ids: an answer that was cut off lacks its end.
 
     Args:
         image_features: [merged patches, H] of the distinct images, in the place of ``pixel_values``.
+        banned: tokens that are never written.
 
     Returns:
         B lists of ``num_return_sequences`` answers, each up to and with ``<|im_end|>``.
@@ -137,7 +139,7 @@ def generate_ids(
                 mm_encoder_outputs=outputs,
                 alignment=alignment,
                 relevance=relevance,
-                generation_config=_settings(tokenizer, max_new_tokens, do_sample, temperature),
+                generation_config=_settings(tokenizer, max_new_tokens, do_sample, temperature, banned),
             )
     finally:
         model.train(training)
@@ -147,7 +149,9 @@ def generate_ids(
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
 
 
-def _settings(tokenizer: Any, max_new_tokens: int, do_sample: bool, temperature: float) -> Any:
+def _settings(
+    tokenizer: Any, max_new_tokens: int, do_sample: bool, temperature: float, banned: Sequence[int]
+) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -162,4 +166,5 @@ def _settings(tokenizer: Any, max_new_tokens: int, do_sample: bool, temperature:
         use_cache=True,
         eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=list(banned) or None,
     )

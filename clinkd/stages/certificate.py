@@ -33,7 +33,7 @@ def certificate(config: RunConfig) -> dict[str, Any]:
         # The cases have some dozens of tokens: a chunk larger than that would never be cut.
         chunk_size=min(options.chunk_size, CHUNK_SIZE),
         dtype="bfloat16" if half else "float32",
-        given="topk" if options.cache.form == "topk" else "states",
+        given="topk" if options.cache.form == "topk" and options.teacher == "cache" else "states",
     )
 
 

@@ -23,6 +23,7 @@ from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.certificate import method_of, stamp
 from clinkd.stages.models import pixel_limits, student_start, teacher_rope, vqa_spec
+from clinkd.stages.online import distill_settings, online_spec
 
 if TYPE_CHECKING:
     from clinkd.train.feed import StreamSpec
@@ -84,16 +85,17 @@ def _given_teacher(run: Run, path: Path) -> Artifact:
 
 
 def distill(run: Run) -> Artifact:
-    """The student, from the teacher's cache."""
+    """The student, from the teacher's cache or from the teacher beside it."""
     config, options = run.config, run.config.distill
     settings = {
-        "distill": options.model_dump(exclude={"cache": {"root"}}),
+        "distill": distill_settings(options),
         "model": config.model.model_dump(exclude={"lora", "attention"}),
         "rope": config.rope.model_dump(), "seed": config.student_seed,
         "precision": config.compute.precision,
     } | models.lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.online_task import OnlineDistillTask
         from clinkd.train.tasks import DistillSpec, DistillTask
 
         certificate = stamp(config, draft.path)
@@ -104,10 +106,14 @@ def distill(run: Run) -> Artifact:
         learn = DistillSpec(
             str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
         )
-        zero = config.compute.zero_stage
+        zero, online = config.compute.zero_stage, online_spec(run, spec)
         counts = train(
             run, draft, "distill", options.optim, zero,
-            lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero),
+            lambda rows, scratch: (
+                OnlineDistillTask(rows, scratch, spec, learn, online, zero)
+                if online
+                else DistillTask(rows, scratch, spec, learn, zero)
+            ),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
             seed=config.student_seed,
         )  # fmt: skip
