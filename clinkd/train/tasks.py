@@ -30,6 +30,7 @@ from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.guided import GuidedModel
 from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
 from clinkd.model.rope import RopeGuidance
+from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
 from clinkd.train.pixels import load_processor
 
@@ -253,6 +254,10 @@ class DistillLossModule(AnswerLoss):
         )  # fmt: skip
         return {"loss": found.total, "kd": found.kd, "ce": found.ce}
 
+    def own_work(self, arguments: Mapping[str, Any], tokens: int) -> list[Work]:
+        """The teacher's head over the answer tokens."""
+        return [Work(tokens, self.teacher_head.numel(), trained=0, reached=False)]
+
 
 @dataclass(frozen=True)
 class DistillSpec:
@@ -289,10 +294,21 @@ class DistillTask(SupervisedTask):
     def answer(self, record: int, turn: int) -> str:
         return str(self.cache.answers[sample_id(self.ids[record], turn)])
 
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        bar = admitted_margin(
+    def bar(self, step: int, total: int) -> float:
+        """The smallest margin that is admitted."""
+        return admitted_margin(
             step, total, self.margins, self.distill.start_quantile, self.distill.end_quantile
         )
+
+    def facts(self, step: int, total: int) -> dict[str, float]:
+        """Where the curriculum stands: its bar, and the share of the cache's samples at or above it."""
+        if not len(self.margins):
+            return {}
+        bar = self.bar(step, total)
+        return {"admitted_margin": bar, "admitted_share": float((self.margins >= bar).mean())}
+
+    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
+        bar = self.bar(step, total)
         admitted = [(record, self._admit(record, turns, bar)) for record, turns in groups]
         inputs, tokens = super().batch(admitted, step, total)
         names = [sample_id(self.ids[record], turn) for record, turns in admitted for turn in turns]
