@@ -243,9 +243,31 @@ class ComputeSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     deepspeed: str | None = Field(None, description="DeepSpeed JSON whose keys are laid under ours")
     gradient_checkpointing: bool = False
-    cpu_offload: bool = False
+    cpu_offload: bool = Field(False, description="optimiser states in the workers' main memory")
+    offload_parameters: bool = Field(
+        False, description="parameters too, in the stages that train under ZeRO-3; needs cpu_offload"
+    )
+    overlap_comm: bool | None = Field(
+        None,
+        description="reduce gradients while the backward pass goes on; none: as compute.deepspeed says, else "
+        "on GPUs",
+    )
+    bucket_size: int | None = Field(
+        None,
+        ge=1,
+        description="gradients reduced, and parameters gathered, at a time, in elements; none: as "
+        "compute.deepspeed says, else by the model's width",
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     max_failures: int = Field(2, ge=0)
+
+    @model_validator(mode="after")
+    def _offloaded(self) -> ComputeSection:
+        if self.offload_parameters and 3 not in (self.zero_stage, self.teacher_zero_stage):
+            raise ValueError("offload_parameters needs zero_stage: 3 or teacher_zero_stage: 3")
+        if self.offload_parameters and not self.cpu_offload:
+            raise ValueError("offload_parameters needs cpu_offload: true")
+        return self
 
 
 class ParameterSpace(Section):

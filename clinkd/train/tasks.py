@@ -33,6 +33,7 @@ from clinkd.model.guided import GuidedModel
 from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
 from clinkd.model.pixels import load_processor
 from clinkd.model.rope import RopeGuidance
+from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
 
 
@@ -274,6 +275,12 @@ class DistillLossModule(AnswerLoss):
             )  # fmt: skip
         return {"loss": found.total, "kd": found.kd, "ce": found.ce}
 
+    def own_work(self, arguments: Mapping[str, Any], tokens: int) -> list[Work]:
+        """The teacher's head over the answer tokens; a cache of logits needs none."""
+        if self.teacher_head is None:
+            return []
+        return [Work(tokens, self.teacher_head.numel(), trained=0, reached=False)]
+
 
 @dataclass(frozen=True)
 class DistillSpec:
@@ -319,6 +326,17 @@ class DistillTask(SupervisedTask):
     def answer(self, record: int, turn: int) -> str:
         return str(self.cache.answers[sample_id(self.ids[record], turn)])
 
+    def bar(self, step: int, total: int) -> float:
+        """The smallest margin that is admitted."""
+        return admitted_margin(
+            step, total, self.margins, self.distill.start_quantile, self.distill.end_quantile
+        )
+
+    def facts(self, step: int, total: int) -> dict[str, float]:
+        """Where the curriculum stands: its bar, and the share of the cache's samples at or above it."""
+        bar = self.bar(step, total)
+        return {"admitted_margin": bar, "admitted_share": float((self.margins >= bar).mean())}
+
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         admitted = self.admitted(groups, step, total)
         inputs, tokens = super().batch(admitted, step, total)
@@ -327,9 +345,7 @@ class DistillTask(SupervisedTask):
 
     def admitted(self, groups: list[Group], step: int, total: int) -> list[Group]:
         """What of some groups is learned from in a step."""
-        bar = admitted_margin(
-            step, total, self.margins, self.distill.start_quantile, self.distill.end_quantile
-        )
+        bar = self.bar(step, total)
         found = [(record, self._admit(record, turns, bar)) for record, turns in groups]
         return [group for group in found if group[1]] or [self.surest]
 
