@@ -112,6 +112,10 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
             "or a guide with a vision transformer"
         )
     calibration = calibrate(whole)
+    if calibration.temperature <= 0:
+        run.progress.say(
+            "guide: its logits do not tell questions of these images from others; gamma guides by noise"
+        )
     _write_scores(whole, calibration, draft.path)
     regions = sum(whole.column("regions").to_pylist())
     tested = of_split(whole, "test")
