@@ -1,14 +1,14 @@
 """The two sides of the distillation benchmarks (distill.py, distill_growth.py): one step each.
 
-Ours: the trunk's hidden states at the answer tokens, the teacher's from a cache (float16, read in every step),
-``distill_loss``. The full-logit side: what ClinKD's README writes down, a teacher's forward pass in every step,
-whole logits of both models, both softmaxes and the divergence at all positions. Its temporaries are
-dropped as soon as they can be, and the teacher's softmax is taken once, which the published code does not do:
-it needs about three [B, L, V] buffers fewer than theirs.
+Ours: the trunk's hidden states at the answer tokens, the teacher's from a cache (float16, read in every
+step), ``distill_loss``. The full-logit side: what ClinKD's README writes down, a teacher's forward pass in
+every step, whole logits of both models, both softmaxes and the divergence at all positions. Its temporaries
+are dropped as soon as they can be, and the teacher's softmax is taken once, which the published code does
+not do: it needs about three [B, L, V] buffers fewer than theirs.
 
-Models are text-only Qwen2-VLs with random weights, heads of width 64, MLPs of four times the width, and tied
-heads (as Qwen2-VL 2B, whose vocabulary of 151,936 is the default). A step ends with the gradients of all of the
-student's weights but the vision tower's, which sees nothing here; there is no optimiser.
+Models are text-only Qwen2-VLs with random weights, heads of width 64, MLPs of four times the width, and
+tied heads (as Qwen2-VL 2B, whose vocabulary of 151,936 is the default). A step ends with the gradients of
+all of the student's weights but the vision tower's, which sees nothing here; there is no optimiser.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from clinkd.config import DistillSection
+from clinkd.distill.forms import Form
 from clinkd.distill.losses import DistillLoss, distill_loss
-from clinkd.distill.teacher_cache import HEAD, TeacherCache
+from clinkd.distill.teacher_cache import Store, TeacherCache, write_index
 
 IGNORED = -100
 LAYERS, STUDENT, TEACHER = 2, 256, 512  # widths
@@ -103,33 +103,44 @@ def states(model: Any, ids: Tensor, chosen: Tensor) -> Tensor:
 
 def write_cache(size: Size, teacher: Any, out: Path) -> Path:
     """The teacher asked once, in the form of the stage label: a sample is a sequence."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from safetensors.torch import save_file
-
     ids, (chosen, _) = size.tokens()[0], answer_rows(size)
     with torch.inference_mode():
-        found = states(teacher, ids, chosen).to(torch.float16).cpu().split(chosen.sum(1).tolist())
-    rows = [
-        {"sample": str(row), "answer": "", "margin": 1.0, "hidden": part.numpy().tobytes()}
-        for row, part in enumerate(found)
-    ]
-    (out / "states").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), out / "states" / "part-00000.parquet")
-    save_file({"head": teacher.lm_head.weight.detach().cpu().clone()}, out / HEAD)
+        found = states(teacher, ids, chosen).cpu()
+    names = [str(row) for row in range(size.batch)]
+    head = teacher.lm_head.weight.detach().cpu()
+    out.mkdir(parents=True)
+    keep(out, Form(), names, chosen.sum(1).tolist(), found, head)
     return out
+
+
+def keep(
+    folder: Path, form: Form, names: list[str], counts: list[int], states: Tensor, head: Tensor
+) -> TeacherCache:
+    """A store with a row for each name, as ``label`` writes it; ``states`` [tokens, Ht] row after row."""
+    store, columns, first, rows = Store(folder, "store"), form.pack(states, head)[0], 0, []
+    light: dict[str, Any] = {"answer": "", "source": "truth", "reason": None}
+    light |= {"p1": 1.0, "margin": 1.0, "entropy": 0.0, "off": 0.0}
+    for name, count in zip(names, counts, strict=True):
+        own = {column: values[first : first + count].tobytes() for column, values in columns.items()}
+        rows.append(light | {"key": name, "tokens": count} | own)
+        first += count
+    store.open(None if form.name == "topk" else head, {})
+    store.write(rows, form.columns)
+    write_index(folder, [(name, "rc", name) for name in names], store, form)
+    return TeacherCache(folder)
 
 
 def our_step(size: Size, student: Any, cache: Path, chunk: int = CHUNK) -> Callable[[], DistillLoss]:
     """One step from the cache that stands in ``cache``; its head is in memory, as in a training worker."""
     opened = TeacherCache(cache)
+    assert opened.head is not None
+    names = [str(row) for row in range(size.batch)]
     head = opened.head.to(size.device, copy=True)  # a copy is no longer pages of a file, yet to be read
     ids, (chosen, targets) = size.tokens()[0], answer_rows(size)
 
     def step() -> DistillLoss:
         student.zero_grad()
-        kept = np.concatenate([opened.hidden(str(row)) for row in range(size.batch)])
-        taught = torch.from_numpy(kept).to(size.device, torch.float32)
+        taught = opened.read(names)["teacher_hidden"].to(size.device, torch.float32)
         hidden = states(student, ids, chosen)
         loss = distill_loss(
             hidden, student.lm_head.weight, targets, taught, head, a=A, temperature=TEMPERATURE,
@@ -182,7 +193,7 @@ def loss_error(found: DistillLoss, wanted: DistillLoss) -> float:
 def measured(
     sides: dict[str, Callable[[], Any]], rounds: int, device: str
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of each side, by the clock and of CPU; sides alternate, the first round does not count."""
+    """Median seconds of each side, by the clock and of CPU; sides alternate, the first round is dropped."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():

@@ -2,10 +2,11 @@
 
     python benchmarks/teacher_cache_forms.py [--steps N] [--images N] [--temperatures T ...] [--width N]
 
-A tiny teacher and a tiny student learn phantoms, the student for half as many steps, so that they disagree. Every form packs the teacher's states at the answer tokens and gives them back as a training step
-gets them; the loss (a = 1, forward KL) and its gradients by the student's states and head are held against
-those from the states as they came. Errors are relative: of the loss to its value, of a gradient to its norm.
-"of a step" is the time to read a batch's rows from a store on disk, as a share of the tiny student's forward and
+A tiny teacher and a tiny student learn phantoms, the student for half as many steps, so that they disagree.
+Every form packs the teacher's states at the answer tokens and gives them back as a training step gets them.
+The loss (a = 1, forward KL) and its gradients by the student's states and head are held against those from
+the states as they came. Errors are relative: of the loss to its value, of a gradient to its norm. "of a
+step" is the time to read a batch's rows from a store on disk, as a share of the tiny student's forward and
 backward pass: of a larger model's it is less.
 """
 
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kd import keep
 from torch import Tensor
 
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.distill.forms import Form
 from clinkd.distill.losses import distill_loss, distill_loss_topk
 from clinkd.distill.summary import tail_at
-from clinkd.distill.teacher_cache import Store, TeacherCache, write_index
 from clinkd.model.chat import collate, encode
 
 FORMS = ("float16", "bfloat16", "int8", "topk 16", "topk 64", "topk 256")
@@ -52,7 +53,7 @@ def main() -> None:
         kind, _, k = name.partition(" ")
         form = Form(kind, int(k or 64), len(head) if k else None)  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as folder:
-            cache = kept(Path(folder), form, names, counts, states, head)
+            cache = keep(Path(folder), form, names, counts, states, head)
             read = median(lambda cache=cache: cache.read(names), chosen.rounds)
             given = cache.read(names)
         for temperature in chosen.temperatures:
@@ -114,30 +115,6 @@ def collated(turns: list[tuple[Any, Any]], tokenizer: Any) -> tuple[dict[str, An
     chosen = labels != -100
     found = {"inputs": batch | pictures, "chosen": chosen, "targets": labels[chosen]}
     return found, [f"t{number}#0" for number in range(len(turns))], chosen.sum(1).tolist()
-
-
-def kept(
-    folder: Path, form: Form, names: list[str], counts: list[int], states: Tensor, head: Tensor
-) -> TeacherCache:
-    """A store with a row for each turn, as ``label`` writes it."""
-    store, columns, first, rows = Store(folder, "store"), form.pack(states, head)[0], 0, []
-    light = {
-        "answer": "",
-        "source": "truth",
-        "reason": None,
-        "p1": 1.0,
-        "margin": 1.0,
-        "entropy": 0.0,
-        "off": 0.0,
-    }
-    for name, count in zip(names, counts, strict=True):
-        own = {column: values[first : first + count].tobytes() for column, values in columns.items()}
-        rows.append(light | {"key": name, "tokens": count} | own)
-        first += count
-    store.open(None if form.name == "topk" else head, {})
-    store.write(rows, form.columns)
-    write_index(folder, [(name, "rc", name) for name in names], store, form)
-    return TeacherCache(folder)
 
 
 def ours(student: Any, batch: dict[str, Any], states: Tensor, head: Tensor, temperature: float) -> None:
