@@ -95,8 +95,8 @@ def distill(run: Run) -> Artifact:
     } | models.lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.distill_task import DistillSpec, DistillTask
         from clinkd.train.online_task import OnlineDistillTask
-        from clinkd.train.tasks import DistillSpec, DistillTask
 
         certificate = stamp(config, draft.path)
         spec = vqa_spec(

@@ -75,8 +75,8 @@ def compare(rank: int, zero: int, precision: str, divergence: str) -> float:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from clinkd.config import ComputeSection, OptimSection
+    from clinkd.train.distill_task import DistillLossModule
     from clinkd.train.engine import deepspeed_config
-    from clinkd.train.tasks import DistillLossModule
 
     torch.manual_seed(0)
     method: dict[str, Any] = {"a": 0.7, "temperature": 0.6, "divergence": divergence}
