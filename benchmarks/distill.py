@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     default = kd.Size()
     parser.add_argument("--answers", type=int, nargs="+", default=[64, 256, 1024])
     for name, value in (
-        ("rounds", 5), ("threads", 2), ("chunk", kd.CHUNK), ("batch", default.batch),
+        ("rounds", 5), ("threads", 1), ("chunk", kd.CHUNK), ("batch", default.batch),
         ("length", default.length), ("vocabulary", default.vocabulary),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
