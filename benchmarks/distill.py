@@ -2,22 +2,22 @@
 
     python benchmarks/distill.py [--answers N ...] [--rounds N] [--threads N] [--chunk N] [--device cpu|cuda]
 
-A step is the student's forward pass, the loss and the backward pass to its weights, without optimiser: batch 2
-x 1,024 tokens, vocabulary 151,936, student of 2 layers x 256, teacher of 2 x 512, heads tied, forward KL,
-a = 0.5, T = 0.5, float32. What the sides do stands in kd.py; the teacher's cache is written beforehand, reading
-the states out of it is part of our step. --answers are the answer tokens of each sequence; the full-logit side
-does the same work for any number of them and is measured once.
+A step is the student's forward pass, the loss and the backward pass to its weights, without optimiser: batch
+2 x 1,024 tokens, vocabulary 151,936, student of 2 layers x 256, teacher of 2 x 512, heads tied, forward KL,
+a = 0.5, T = 0.5, float32. What the sides do stands in kd.py; the teacher's cache is written beforehand,
+reading the states out of it is part of our step. --answers are the answer tokens of each sequence; the full-logit
+side does the same work for any number of them and is measured once.
 
 Before anything is timed, our loss (total, KL, CE) is held against one from whole logits of both models at the
 same positions: within 1e-4, relative; and for the fewest answer tokens all gradients, within 1e-3 of each
-one's largest entry. The difference holds the float16 of the cache. Both look at the positions that
-predict answer tokens; the published snippet masks its KL by labels that were not shifted (one token late against
-its own CE), and the side that is timed follows it in that.
+one's largest entry. The difference holds the float16 of the cache. Both look at the positions that predict
+answer tokens; the published snippet masks its KL by labels that were not shifted (one token late against its
+own CE), and the side that is timed follows it in that.
 
-Sides alternate within a round, a first round is not counted, ratios are of the medians, by the clock and by this
-process's CPU seconds, which other work disturbs less. Peak memory is what the resident set of a fresh process
-grows by in its first step (on CUDA: torch's allocated memory), gradients included, weights not. The full-logit
-side takes 11 GiB or so; with less than 13 GiB free nothing is run.
+Sides alternate within a round, a first round is not counted, ratios are of the medians, by the clock and by
+this process's CPU seconds, which other work disturbs less. Peak memory is what the resident set of a fresh
+process grows by in its first step (on CUDA: torch's allocated memory), gradients included, weights not. The
+full-logit side takes 10 GiB or so; with less than 12 GiB free nothing is run.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ FASTER, LESS_MEMORY, LOSS, GRADIENT = 8.0, 0.25, 1e-4, 1e-3
 def main() -> None:
     chosen = arguments()
     torch.set_num_threads(chosen.threads)
-    size = kd.Size(
-        chosen.batch, chosen.length, min(chosen.answers), chosen.vocabulary, device=chosen.device
-    )
+    size = kd.Size(chosen.batch, chosen.length, min(chosen.answers), chosen.vocabulary, device=chosen.device)
     if chosen.memory_of:
         print(json.dumps(memory(size, chosen.memory_of, chosen.cache, chosen.chunk)))
         return
@@ -155,7 +153,8 @@ def resident(field: str) -> int:
 
 def table(times: dict[str, tuple[float, float]], grown: dict[str, dict[str, float]]) -> None:
     print(
-        f"{'side':28}{'step s':>9}{'faster':>9}{'CPU s':>9}{'less':>8}{'peak GiB':>10}{'of full':>9}{'held GiB':>10}"
+        f"{'side':28}{'step s':>9}{'faster':>9}{'CPU s':>9}{'less':>8}{'peak GiB':>10}{'of full':>9}"
+        f"{'held GiB':>10}"
     )
     base, whole = times["full logits"], grown["full logits"]["grown"]
     for name, (clock, cpu) in times.items():

@@ -1,14 +1,14 @@
 """The two sides of the distillation benchmarks (distill.py, distill_growth.py): one step each.
 
-Ours: the trunk's hidden states at the answer tokens, the teacher's from a cache (float16, read in every step),
-``distill_loss``. The full-logit side: what ClinKD's README writes down, a teacher's forward pass in every step,
-whole logits of both models, both softmaxes and the divergence at all positions. Its temporaries are
-dropped as soon as they can be, and the teacher's softmax is taken once, which the published code does not do:
-it needs about three [B, L, V] buffers fewer than theirs.
+Ours: the trunk's hidden states at the answer tokens, the teacher's from a cache (float16, read in every
+step), ``distill_loss``. The full-logit side: what ClinKD's README writes down, a teacher's forward pass in
+every step, whole logits of both models, both softmaxes and the divergence at all positions. Its temporaries
+are dropped as soon as they can be, and the teacher's softmax is taken once, which the published code does not
+do: it needs about three [B, L, V] buffers fewer than theirs.
 
 Models are text-only Qwen2-VLs with random weights, heads of width 64, MLPs of four times the width, and tied
-heads (as Qwen2-VL 2B, whose vocabulary of 151,936 is the default). A step ends with the gradients of all of the
-student's weights but the vision tower's, which sees nothing here; there is no optimiser.
+heads (as Qwen2-VL 2B, whose vocabulary of 151,936 is the default). A step ends with the gradients of all of
+the student's weights but the vision tower's, which sees nothing here; there is no optimiser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IGNORED = -100
 LAYERS, STUDENT, TEACHER = 2, 256, 512  # widths
 A, TEMPERATURE = 0.5, 0.5
 CHUNK = DistillSection().chunk_size
-BUFFERS = 9  # [B, L, V] of float32 that the full-logit step holds at its peak
+BUFFERS = 8  # [B, L, V] of float32 that the full-logit step holds at its peak
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def new_model(size: Size, width: int) -> Any:
     """A trunk and a head; weights start wide enough for the two models to disagree."""
     from transformers import Qwen2VLConfig
 
-    from clinkd.model.clinkd_qwen2vl import new_model
+    from clinkd.model import clinkd_qwen2vl
     from clinkd.model.rope import RopeGuidance
 
     special = [size.vocabulary - 1 - number for number in range(4)]
@@ -79,7 +79,7 @@ def new_model(size: Size, width: int) -> Any:
         vision_end_token_id=special[3], tie_word_embeddings=True, initializer_range=0.06,
     )  # fmt: skip
     torch.manual_seed(width)
-    model: Any = new_model(config, RopeGuidance()).to(size.device)
+    model: Any = clinkd_qwen2vl.new_model(config, RopeGuidance()).to(size.device)
     model.model.visual.requires_grad_(False)
     return model
 
@@ -179,10 +179,8 @@ def loss_error(found: DistillLoss, wanted: DistillLoss) -> float:
     return max(abs(one.item() - other.item()) / abs(other.item()) for one, other in pairs)
 
 
-def measured(
-    sides: dict[str, Callable[[], Any]], rounds: int, device: str
-) -> dict[str, tuple[float, float]]:
-    """Median seconds of each side, by the clock and of CPU; sides alternate, the first round does not count."""
+def measured(sides: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """Median seconds of each side, by the clock and of CPU; they alternate, a first round does not count."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():

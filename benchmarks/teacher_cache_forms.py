@@ -3,11 +3,11 @@
     python benchmarks/teacher_cache_forms.py [--images N] [--steps N] [--student-steps N] [--tokens N]
                                              [--temperatures T ...]
 
-A tiny teacher is trained on phantoms for --steps, a student is cut out of it (fewer layers, fewer neurons) and
-trained for --student-steps; both then see the same --tokens answer tokens of phantoms that neither was trained
-on. Each form of the teacher's last hidden state goes through ``distill_loss``, each top-k form through
-``distill_loss_topk``; forward KL, a = 0.5. The reference is the exact loss from the float32 states; all is worked
-out in float64, so that the errors are the form's alone:
+A tiny teacher is trained on phantoms for --steps, a student is cut out of it (fewer layers, fewer neurons)
+and trained for --student-steps; both then see the same --tokens answer tokens of phantoms that neither was
+trained on. Each form of the teacher's last hidden state goes through ``distill_loss``, each top-k form
+through ``distill_loss_topk``; forward KL, a = 0.5. The reference is the exact loss from the float32 states;
+all is worked out in float64, so that the errors are the form's alone:
 
     KL, loss     |found - reference| / reference, of KL and of (a * KL + CE) / (1 + a)
     by hidden    norm(found - reference) / norm(reference), of the loss's gradient by the student's states
@@ -15,10 +15,10 @@ out in float64, so that the errors are the form's alone:
 
 Forms: the state in float32, float16, bfloat16 and int8 (one float32 scale a row, its largest entry over 127;
 rounded half to even), and the k largest logits in float16 with ids in int32 and one float32 bucket for the
-rest, which serves one temperature only. Bytes are given for this model's width and, as "at 3584", for Qwen2-VL
-7B's; those of top-k do not depend on it. This vocabulary is of about a thousand tokens: the same k leaves out
-more of one of 151,936, so the errors of top-k are a lower bound here, and its column "left out" says how much of
-the teacher's mass is in the bucket.
+rest, which serves one temperature only. Bytes are given for this model's width and, as "at 3584", for
+Qwen2-VL 7B's; those of top-k do not depend on it. This vocabulary is of about a thousand tokens: the same k
+leaves out more of one of 151,936, so the errors of top-k are a lower bound here, and its column "left out"
+says how much of the teacher's mass is in the bucket.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def table(tokens: Tokens, forms: dict[str, Form], temperature: float) -> None:
             f"{name:18}{size(width):8}{size(WIDE):9}{errors[0]:10.1e}{errors[1]:10.1e}{errors[2]:11.1e}"
             f"{errors[3]:10.1e}{p[:, k:].sum(1).mean().item():11.1e}"
         )
-    print(f"exact: KL {wanted[0]:.4f}, loss {wanted[1]:.4f}; the teacher's first choice has {p[:, 0].mean():.3f}")
+    print(
+        f"exact: KL {wanted[0]:.4f}, loss {wanted[1]:.4f}; the teacher's first choice: {p[:, 0].mean():.3f}"
+    )
 
 
 def values(tokens: Tokens, loss: Callable[[], DistillLoss]) -> tuple[Any, ...]:

@@ -2,20 +2,20 @@
 
     python benchmarks/train_step.py [--zero N ...] [--steps N] [--warm N] [--rounds N] [--threads N]
 
-Both sides train the same model (text of 4 layers x 256; phantoms) on the same batches of the same ledger in the
-same order, with torch's AdamW, the same groups, clipping and schedule, on one process with as many threads. Ours is
-``clinkd.train.loop.fit`` with one worker, for each ZeRO stage; the bare loop runs in a process of its own,
-without Ray or DeepSpeed, and makes its batches with the same task. Ray is started before each of our runs and
-gone before the next bare one.
+Both sides train the same model (text of 4 layers x 256; phantoms) on the same batches of the same ledger in
+the same order, with torch's AdamW, the same groups, clipping and schedule, on one process with as many
+threads. Ours is ``clinkd.train.loop.fit`` with one worker, for each ZeRO stage; the bare loop runs in a
+process of its own, without Ray or DeepSpeed, and makes its batches with the same task. Ray is started before
+each of our runs and gone before the next bare one.
 
-A round is one run of every side; a run is --warm steps that are not counted and --steps that are, each from the
-making of its batch to its line in the metrics. Printed are medians over the steps of all rounds, by the clock and
-by the process's CPU seconds, which other work disturbs less, and their ratios. In the first round the losses of all
-steps are held against the bare loop's before anything is printed: the first five within 1e-4, relative, the
-rest within 1e-2, for rounding grows with each step.
+A round is one run of every side; a run is --warm steps that are not counted and --steps that are, each from
+the making of its batch to its line in the metrics. Printed are medians over the steps of all rounds, by the
+clock and by the process's CPU seconds, which other work disturbs less, and their ratios. In the first round
+the losses of all steps are held against the bare loop's before anything is printed: the first five within
+1e-4, relative, the rest within 1e-2, for rounding grows with each step.
 
-"Where it goes" is the mean of a step of our side in ms, by timers around the parts of the loop; on the bare side
-the same parts. Timers, metrics lines and the all-reduce of one process are in the times above.
+"Where it goes" is the mean of a step of our side in ms, by timers around the parts of the loop; on the bare
+side the same parts. Timers, metrics lines and the all-reduce of one process are in the times above.
 """
 
 from __future__ import annotations
@@ -27,42 +27,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PARTS = ("batch", "counts", "forward", "backward", "optimiser", "log")
+from step_times import PARTS, Times, timed_worker
+
 MOST = 1.05
-
-
-@dataclass
-class Times:
-    """Seconds of each step by the clock and of CPU, and of its parts by the clock."""
-
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    parts: list[dict[str, float]] = field(default_factory=list)
-    _now: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._now[name] += time.perf_counter() - start
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        start, used = time.perf_counter(), time.process_time()
-        yield
-        self.steps.append((time.perf_counter() - start, time.process_time() - used))
-        self.parts.append(dict(self._now))
-        self._now.clear()
-
-    def write(self, out: Path) -> None:
-        (out / "times.json").write_text(json.dumps({"steps": self.steps, "parts": self.parts}))
 
 
 def main() -> None:
@@ -86,7 +57,11 @@ def main() -> None:
             for side in sides:
                 out = Path(folder, f"{side}-{turn}")
                 out.mkdir()
-                run = (run_bare, (chosen, table, out)) if side == "bare" else (run_ours, (chosen, table, out, side))
+                run = (
+                    (run_bare, (chosen, table, out))
+                    if side == "bare"
+                    else (run_ours, (chosen, table, out, side))
+                )
                 process = multiprocessing.get_context("spawn").Process(target=run[0], args=run[1])
                 process.start()
                 process.join()
@@ -104,7 +79,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2], choices=[0, 1, 2])
     for name, value in (
-        ("steps", 40), ("warm", 10), ("rounds", 3), ("threads", 1), ("images", 48), ("batch", 4), ("questions", 4),
+        ("steps", 40), ("warm", 10), ("rounds", 3), ("threads", 1), ("images", 48), ("batch", 4),
+        ("questions", 4),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
@@ -113,24 +89,29 @@ def arguments() -> argparse.Namespace:
 def options(chosen: argparse.Namespace) -> Any:
     from clinkd.config import OptimSection
 
-    return OptimSection(
-        batch_size=chosen.batch, questions_per_image=chosen.questions, lr=1e-3, vision_lr=0.1
-    )
+    return OptimSection(batch_size=chosen.batch, questions_per_image=chosen.questions, lr=1e-3, vision_lr=0.1)
 
 
 def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> None:
     """The stage as the project runs it, its worker's steps timed."""
     import phantom_task
-    import ray
     import ray.data
+    import step_times
     from ray import cloudpickle
 
+    from clinkd import cluster
     from clinkd.config import ComputeSection
     from clinkd.train.loop import TrainJob, fit
 
-    for module in (phantom_task, sys.modules[__name__]):  # workers do not find this folder's modules
+    for module in (
+        phantom_task,
+        step_times,
+        sys.modules[__name__],
+    ):  # workers do not find this folder's modules
         cloudpickle.register_pickle_by_value(module)
-    compute = ComputeSection(workers=1, cpus_per_worker=chosen.threads, checkpoint_every=10**6, max_failures=0)
+    compute = ComputeSection(
+        workers=1, cpus_per_worker=chosen.threads, checkpoint_every=10**6, max_failures=0
+    )
     model, zero = out.parent / "model", int(side.split()[1])
 
     def make_task(rows: Any, scratch: Path) -> Any:
@@ -147,66 +128,9 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
     job = TrainJob(
         "bench", make_task, options(chosen), compute, zero, chosen.warm + chosen.steps, seed=0, out=str(out)
     )
-    ray.init(num_cpus=chosen.threads + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    cluster.connect(workers=1, cpus_per_worker=chosen.threads)
     fit(job, ray.data.from_arrow(table), out / "work")
-    ray.shutdown()
-
-
-def timed_worker(base: Any, out: Path) -> Any:
-    """The loop's Worker with a timer around each part; made in the worker, from the class that stands there."""
-
-    class Engine:
-        def __init__(self, engine: Any, times: Times) -> None:
-            self.engine, self.times = engine, times
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.engine, name)
-
-        def __call__(self, **arguments: Any) -> Any:
-            with self.times.part("forward"):
-                return self.engine(**arguments)
-
-        def backward(self, loss: Any) -> None:
-            with self.times.part("backward"):
-                self.engine.backward(loss)
-
-        def step(self) -> None:
-            with self.times.part("optimiser"):
-                self.engine.step()
-
-    class TimedWorker(base):
-        def __init__(self, *arguments: Any) -> None:
-            import torch.distributed as dist
-
-            super().__init__(*arguments)
-            self.times, reduce = Times(), dist.all_reduce
-            self.engine = Engine(self.engine, self.times)
-
-            def all_reduce(*given: Any, **named: Any) -> Any:
-                with self.times.part("counts"):
-                    return reduce(*given, **named)
-
-            dist.all_reduce = all_reduce  # the loop's two; DeepSpeed's own go through deepspeed.comm
-
-        def _micro_batches(self) -> Any:
-            with self.times.part("batch"):
-                return list(super()._micro_batches())
-
-        def _train_step(self) -> Any:
-            self.open = self.times.step()
-            self.open.__enter__()
-            return super()._train_step()
-
-        def _log(self, *arguments: Any) -> None:
-            with self.times.part("log"):
-                super()._log(*arguments)
-            self.open.__exit__(None, None, None)
-
-        def _finish(self) -> None:
-            self.times.write(out)
-            super()._finish()
-
-    return TimedWorker
+    cluster.disconnect()
 
 
 def run_bare(chosen: argparse.Namespace, table: Any, out: Path) -> None:
@@ -246,7 +170,9 @@ def run_bare(chosen: argparse.Namespace, table: Any, out: Path) -> None:
                     optimiser.zero_grad()
                 with times.part("log"):
                     samples = len(inputs["input_ids"])
-                    lines.write(json.dumps({"step": step + 1, "loss": loss.item(), "samples": samples}) + "\n")
+                    lines.write(
+                        json.dumps({"step": step + 1, "loss": loss.item(), "samples": samples}) + "\n"
+                    )
     times.write(out)
 
 
@@ -262,8 +188,12 @@ def compare(outs: dict[str, Path]) -> None:
             raise SystemExit(f"{side}: {len(found)} steps, the bare loop took {len(wanted)}")
         off = [abs(one - other) / other for one, other in zip(found, wanted, strict=True)]
         if not (max(off[:5]) <= 1e-4 and max(off) <= 1e-2):
-            raise SystemExit(f"{side}: losses off the bare loop's by {max(off[:5]):.1e}, later {max(off):.1e}")
-        print(f"{side}: losses {found[0]:.3f} to {found[-1]:.3f}, off the bare loop's by {max(off):.1e} at most")
+            raise SystemExit(
+                f"{side}: losses off the bare loop's by {max(off[:5]):.1e}, later {max(off):.1e}"
+            )
+        print(
+            f"{side}: losses {found[0]:.3f} to {found[-1]:.3f}, off the bare loop's by {max(off):.1e} at most"
+        )
 
 
 def counted(out: Path, chosen: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -274,8 +204,10 @@ def counted(out: Path, chosen: argparse.Namespace) -> tuple[list[Any], list[Any]
 def report(found: dict[str, list[Path]], chosen: argparse.Namespace) -> None:
     lines = (found["bare"][0] / "metrics.jsonl").read_text().splitlines()[chosen.warm :]
     samples = statistics.mean(json.loads(line)["samples"] for line in lines)
-    print(f"\n{samples:.1f} samples a step, {chosen.threads} threads; {chosen.rounds} rounds of {chosen.steps} steps")
-    print(f"{'side':10}{'ms':>9}{'samples/s':>11}{'ratio':>8}{'CPU ms':>9}{'ratio':>8}  where it goes, mean ms")
+    print(f"\n{samples:.1f} samples a step, {chosen.threads} threads; {chosen.rounds} x {chosen.steps} steps")
+    print(
+        f"{'side':10}{'ms':>9}{'samples/s':>11}{'ratio':>8}{'CPU ms':>9}{'ratio':>8}  where it goes, mean ms"
+    )
     base = None
     for side, outs in found.items():
         both = [counted(out, chosen) for out in outs]
