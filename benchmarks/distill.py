@@ -41,9 +41,7 @@ FASTER, LESS_MEMORY, LOSS, GRADIENT = 8.0, 0.25, 1e-4, 1e-3
 def main() -> None:
     chosen = arguments()
     torch.set_num_threads(chosen.threads)
-    size = kd.Size(
-        chosen.batch, chosen.length, min(chosen.answers), chosen.vocabulary, device=chosen.device
-    )
+    size = kd.Size(chosen.batch, chosen.length, min(chosen.answers), chosen.vocabulary, device=chosen.device)
     if chosen.memory_of:
         print(json.dumps(memory(size, chosen.memory_of, chosen.cache, chosen.chunk)))
         return

@@ -33,7 +33,7 @@ IGNORED = -100
 LAYERS, STUDENT, TEACHER = 2, 256, 512  # widths
 A, TEMPERATURE = 0.5, 0.5
 CHUNK = DistillSection().chunk_size
-BUFFERS = 9  # [B, L, V] of float32 that the full-logit step holds at its peak
+BUFFERS = 8  # [B, L, V] of float32 that the full-logit step holds at its peak
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def new_model(size: Size, width: int) -> Any:
     """A trunk and a head; weights start wide enough for the two models to disagree."""
     from transformers import Qwen2VLConfig
 
-    from clinkd.model.clinkd_qwen2vl import new_model
+    from clinkd.model import clinkd_qwen2vl
     from clinkd.model.rope import RopeGuidance
 
     special = [size.vocabulary - 1 - number for number in range(4)]
@@ -79,7 +79,7 @@ def new_model(size: Size, width: int) -> Any:
         vision_end_token_id=special[3], tie_word_embeddings=True, initializer_range=0.06,
     )  # fmt: skip
     torch.manual_seed(width)
-    model: Any = new_model(config, RopeGuidance()).to(size.device)
+    model: Any = clinkd_qwen2vl.new_model(config, RopeGuidance()).to(size.device)
     model.model.visual.requires_grad_(False)
     return model
 
