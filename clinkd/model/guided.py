@@ -82,8 +82,8 @@ class GuidedTrunk(_Trunk):
         super().__init__(config)
         embed = self.visual.patch_embed
         given = embed.proj
-        embed.proj = PatchProjection(
-            given.in_channels, given.out_channels, given.kernel_size, given.stride,
+        embed.proj = nn.utils.skip_init(  # draws no random numbers
+            PatchProjection, given.in_channels, given.out_channels, given.kernel_size, stride=given.stride,
             bias=given.bias is not None, device=given.weight.device, dtype=given.weight.dtype,
         )  # fmt: skip
         embed.proj.load_state_dict(given.state_dict(), assign=True)
