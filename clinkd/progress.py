@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-SHOWN = ("loss", "samples_per_s")  # numbers a bar has room for; the rest is for metrics.jsonl
+SHOWN = ("loss", "samples_per_s", "tokens_per_s")  # numbers a bar has room for; the rest is for metrics.jsonl
 
 
 class Progress:
@@ -246,8 +246,17 @@ def _numbers(numbers: dict[str, Any]) -> str:
     for name in SHOWN:
         value = numbers.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            parts.append(f"{value:.1f} samples/s" if name == "samples_per_s" else f"{name} {value:.4g}")
+            parts.append(_rate(value, name) if name.endswith("_per_s") else f"{name} {value:.4g}")
     return ", ".join(parts)
+
+
+def _rate(value: float, name: str) -> str:
+    """``8.0 samples/s``, ``1.2k tokens/s``."""
+    unit = name.removesuffix("_per_s")
+    if value >= 1000:
+        scale, letter = (1e6, "M") if value >= 999_950 else (1e3, "k")
+        return f"{value / scale:.1f}{letter} {unit}/s"
+    return f"{value:.1f} {unit}/s"
 
 
 def _rich_bar(stream: IO[str]) -> Any:

@@ -52,6 +52,7 @@ def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> 
     stages = {line["stage"] for line in lines(run / "metrics.jsonl")}
     assert {"prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
     page = (run / "report.html").read_text()
+    assert "The run's own parameters were not given." not in page
     assert "distill" in page and "Loss certificate: passed" in page
 
     again = clinkd(finished, "run", str(CONFIG), *SMALL)

@@ -53,6 +53,17 @@ def test_plain_lines_come_at_intervals_and_every_step_is_in_the_metrics(tmp_path
     assert written[-1]["event"] == "done" and written[-1]["seconds"] == 20
 
 
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(812.4, "812.4"), (1234, "1.2k"), (999_940, "999.9k"), (2_500_000, "2.5M")]
+)
+def test_tokens_a_second_stand_beside_samples_a_second(rate: float, shown: str) -> None:
+    out = io.StringIO()
+    progress = Progress(stream=out, interval=0)
+    progress.start("teacher", 4)
+    progress.update(1, loss=0.5, samples_per_s=8.0, tokens_per_s=rate, seconds=0.3, memory_gib=1.5)
+    assert out.getvalue().splitlines()[-1] == f"teacher: step 1/4, loss 0.5, 8.0 samples/s, {shown} tokens/s"
+
+
 def test_time_left_is_reckoned_from_the_first_step_seen_not_from_the_start_of_workers() -> None:
     clock, out = Clock(), io.StringIO()
     progress = Progress(stream=out, clock=clock)

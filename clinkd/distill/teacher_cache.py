@@ -148,10 +148,18 @@ def write_index(folder: Path, samples: Iterable[tuple[str, str, str]], store: St
     for at, name in enumerate(("sample", "task")):
         table = table.add_column(at, name, pa.array([row[at] for row in listed], pa.string()))
     pq.write_table(table, folder / INDEX)
+    parts = sorted(set(table.column("part").to_pylist()))
+    sizes = {part: _size(store.folder / part) for part in parts}
     place = {"folder": str(storage.absolute(store.folder)), "form": form.name, "k": form.k,
-             "vocabulary": form.vocabulary, "endpoint": storage.endpoint()}  # fmt: skip
+             "vocabulary": form.vocabulary, "endpoint": storage.endpoint(), "sizes": sizes}  # fmt: skip
     storage.write_whole(folder / PLACE, json.dumps(place) + "\n")
     return table
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    found = storage.stamp(path)
+    return None if found is None else int(found.partition(":")[0])
 
 
 class _Place(NamedTuple):
@@ -166,7 +174,7 @@ class TeacherCache:
         folder: holds ``INDEX`` and ``PLACE``. scratch: where parts of a bucket are brought to; only for one.
 
     Raises:
-        FileNotFoundError: the store is gone.
+        FileNotFoundError: the store is gone. ValueError: a part of it is not as long as it was written.
     """
 
     def __init__(self, folder: Path, scratch: Path | None = None) -> None:
@@ -176,6 +184,7 @@ class TeacherCache:
 
         place = json.loads((folder / PLACE).read_text())
         storage.configure(place.pop("endpoint"))
+        self._sizes: dict[str, int] = place.pop("sizes")
         self.store, self.scratch = storage.locate(place.pop("folder")), scratch
         self.form = Form(place.pop("form"), **place)
         table = pq.read_table(folder / INDEX)
@@ -218,9 +227,12 @@ class TeacherCache:
     def _local(self, name: str) -> Path:
         """A file of the store as one that can be mapped."""
         path = self.store / name
-        if storage.stamp(path) is None:
-            raise FileNotFoundError(
-                f"teacher cache: {path} is gone; delete the stage label's folder of artifacts, and run again"
+        size, mend = _size(path), "delete it and the stage label's folder of artifacts, and run again"
+        if size is None:
+            raise FileNotFoundError(f"teacher cache: {path} is gone; {mend}")
+        if size != self._sizes.get(name, size):
+            raise ValueError(
+                f"teacher cache: {path} has {size} bytes, {self._sizes[name]} were written; {mend}"
             )
         if not storage.is_remote(path):
             return path

@@ -30,6 +30,7 @@ from clinkd.data.records import TASK_NAMES
 from clinkd.report import gallery, guide, plots, tables
 from clinkd.report.overlays import Budget, heat_legend
 from clinkd.report.positions import Guidance
+from clinkd.report.throughput import throughput
 
 MODALITY_TITLES = {
     "ct": "CT",
@@ -46,6 +47,10 @@ GALLERY_BYTES = 2_600_000
 GUIDE_BYTES = 300_000
 MOST_CONFIG = 60_000  # characters
 MOST_ROWS = 200  # of stages and of trials
+CURRICULUM = (
+    ("admitted_share", "Pseudo-labels admitted", "share of samples"),
+    ("admitted_margin", "The bar: smallest margin admitted", "mean p1 - p2"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def build_report(run: ReportInputs, out: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(pct=percent, points=points, score=plain_score, duration=duration)
-    environment.filters.update(clip=gallery.clip, cell=cell, boxed=boxed, words=words)
+    environment.filters.update(clip=gallery.clip, cell=cell, rate=rate, boxed=boxed, words=words)
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.get_template("report.html.j2").render(
@@ -164,12 +169,24 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
                 "dropped": line.dropped,
             }
         )
-    parts = []
-    for name, said in (("kd", "Distillation term (KL)"), ("ce", "Cross-entropy term")):
-        lines = plots.curves(run.metrics, name)
+    terms = (("kd", "Distillation term (KL)", "kd"), ("ce", "Cross-entropy term", "ce"))
+    return {
+        "stage_charts": stage_charts,
+        "distill_charts": _curves(run.metrics, terms),
+        "curriculum_charts": _curves(run.metrics, CURRICULUM),
+    }
+
+
+def _curves(
+    metrics: Sequence[Mapping[str, Any]], fields: Iterable[tuple[str, str, str]]
+) -> list[dict[str, Any]]:
+    """Title and chart of each (field, title, name of its axis) that was logged."""
+    made = []
+    for name, title, axis in fields:
+        lines = plots.curves(metrics, name)
         if lines:
-            parts.append({"title": said, "svg": Markup(plots.chart(name, lines, name))})
-    return {"stage_charts": stage_charts, "distill_charts": parts}
+            made.append({"title": title, "svg": Markup(plots.chart(name.replace("_", "-"), lines, axis))})
+    return made
 
 
 def _pictures(run: ReportInputs) -> dict[str, Any]:
@@ -209,12 +226,12 @@ def _provenance(run: ReportInputs) -> dict[str, Any]:
                 "seconds": tables.number(row.get("seconds")),
                 "counts": pairs(tables.mapping(row.get("counts"))),
                 "skipped": bool(row.get("skipped")),
-                "speed": _speed(run.metrics, str(row.get("stage", ""))),
             }
         )
     keys = list(dict.fromkeys(str(key) for row in run.sweep for key in row))[:24]
     return {
         "stages": stages,
+        "throughput": throughput(run.metrics),
         "seconds": sum(row["seconds"] or 0.0 for row in stages),
         "config": gallery.clip(run.config, MOST_CONFIG),
         "config_hash": hashlib.sha256(run.config.encode("utf-8", "replace")).hexdigest(),
@@ -225,16 +242,6 @@ def _provenance(run: ReportInputs) -> dict[str, Any]:
         "sweep_left_out": max(0, len(run.sweep) - MOST_ROWS),
         "commands": list(run.commands) or default_commands(run.name),
     }
-
-
-def _speed(metrics: Iterable[Mapping[str, Any]], stage: str) -> float | None:
-    """The stage's median samples a second: a mean would count the first step's warm-up."""
-    speeds = sorted(
-        s
-        for row in metrics
-        if row.get("stage") == stage and (s := tables.number(row.get("samples_per_s"))) is not None
-    )
-    return speeds[len(speeds) // 2] if speeds else None
 
 
 def default_commands(name: str) -> list[tuple[str, str]]:
@@ -272,6 +279,13 @@ def cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return gallery.clip(value, 100)
+
+
+def rate(value: float | None) -> str:
+    """Three figures that count: "1,234", "41.2", "0.00123"."""
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def boxed(text: str) -> Markup:

@@ -128,8 +128,11 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(
             f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
         )
-    if config.teacher.path is not None and config.model.path is None:
-        raise ConfigError("model.path: a teacher by path needs a student by path (they share a vocabulary)")
+    if config.teacher.path is not None and config.model.path is None and config.model.init == "random":
+        raise ConfigError(
+            "model.path: a teacher by path needs a student by path, or one cut out of it "
+            "(model.init: teacher_layers): they share a vocabulary"
+        )
     if config.data.source != "phantoms":
         find_source(config.data.source, config.data.images)
     if not (config.compute.address or os.environ.get("RAY_ADDRESS")):

@@ -70,7 +70,9 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
     from clinkd.train.guide_task import GuideTask
 
     options, workers = run.config.guide, run.config.compute.workers
-    start = start_model(run, draft, run.config.teacher.tiny, run.config.teacher.path)
+    start = start_model(
+        run, draft, run.config.teacher.tiny, run.config.teacher.path, run.config.run.seed
+    )
     spec = vqa_spec(run, start, teacher_rope(), train_vision=run.config.teacher.path is None)
     optim = OptimSection(
         steps=options.steps, batch_size=max(1, options.batch_size // workers), lr=options.lr, warmup=0.1,
@@ -110,6 +112,10 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
             "or a guide with a vision transformer"
         )
     calibration = calibrate(whole)
+    if calibration.temperature <= 0:
+        run.progress.say(
+            "guide: its logits do not tell questions of these images from others; gamma guides by noise"
+        )
     _write_scores(whole, calibration, draft.path)
     regions = sum(whole.column("regions").to_pylist())
     tested = of_split(whole, "test")

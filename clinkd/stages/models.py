@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clinkd.train.tasks import VqaSpec
 
 
-def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> Path:
+def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None, seed: int) -> Path:
     """The folder a model starts from: the user's checkpoint, or one made here from the training text."""
     if path is not None:
         return Path(path)
@@ -32,7 +32,7 @@ def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None) -> 
     folder = draft.work / "start"
     if not (folder / "config.json").is_file():
         texts = _training_text(run.done["prepare"].path)
-        write_new_model(texts, size, folder, vocab_size=run.config.model.vocab_size, seed=run.config.run.seed)
+        write_new_model(texts, size, folder, vocab_size=run.config.model.vocab_size, seed=seed)
     return folder
 
 
@@ -49,7 +49,7 @@ def student_start(run: Run, draft: Draft) -> Path:
     """What the student starts from: a checkpoint by path, layers of the teacher, or random weights."""
     model = run.config.model
     if model.path is not None or model.init == "random":
-        return start_model(run, draft, model.tiny, model.path)
+        return start_model(run, draft, model.tiny, model.path, run.config.student_seed)
     folder = draft.work / "start"
     if not (folder / "config.json").is_file():
         from transformers import AutoImageProcessor, AutoTokenizer

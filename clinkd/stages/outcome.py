@@ -117,6 +117,7 @@ def report(run: Run) -> Path:
         feedback=_feedback(run),
         guide=json.loads((run.done["guide"].path / "retrieval.json").read_text()),
         guide_samples=guide_samples(run),
+        guidance=run.config.rope.model_dump(),
         predictions=_lines([run.folder / "predictions.jsonl"]),
         images=lambda names: images(data, list(names)),
         config=to_yaml(run.config),

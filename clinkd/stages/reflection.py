@@ -24,8 +24,8 @@ def reflect(run: Run) -> Artifact:
     config = run.config
     settings = {
         "reflect": config.reflect.model_dump(), "rope": config.rope.model_dump(),
-        "train_vision": config.model.train_vision, "seed": config.run.seed, "precision":
-        config.compute.precision,
+        "train_vision": config.model.train_vision, "seed": config.student_seed,
+        "precision": config.compute.precision,
     } | lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _answers(run: Run, path: Path, model: Path, number: int) -> list[dict[str, A
     from clinkd.reflect.rounds import choose_records
 
     turns = turn_counts(run)
-    chosen = choose_records(list(turns.items()), run.config.reflect.samples, run.config.run.seed, number)
+    chosen = choose_records(list(turns.items()), run.config.reflect.samples, run.config.student_seed, number)
     total = sum(turns[record] for record in chosen)
     rows = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks)
     spec = PredictSpec(
@@ -114,7 +114,7 @@ def _corrections(run: Run, records: list[dict[str, Any]], number: int) -> dict[s
     spec = PredictSpec(
         str(teacher_folder(run).resolve()), run.config.evaluate.batch_size,
         run.config.evaluate.max_new_tokens, candidates=options.candidates, temperature=options.temperature,
-        seed=run.config.run.seed + number,
+        seed=run.config.student_seed + number,
     )  # fmt: skip
     run.progress.start(f"reflect: corrections of round {number}", len(records))
     found: dict[str, list[str]] = {}
@@ -145,5 +145,6 @@ def _train_round(run: Run, draft: Draft, folder: Path, model: Path, number: int)
     counts = train(
         run, draft, f"reflect-{number}", config.reflect.optim, zero,
         lambda rows, scratch: ReflectTask(rows, scratch, spec, feedback, share, zero), out=folder,
+        seed=config.student_seed,
     )  # fmt: skip
     return {"steps": counts["steps"], "loss": counts["loss"]}

@@ -90,12 +90,13 @@ def distill(run: Run) -> Artifact:
     settings = {
         "distill": distill_settings(options),
         "model": config.model.model_dump(exclude={"lora", "attention"}),
-        "rope": config.rope.model_dump(), "seed": config.run.seed, "precision": config.compute.precision,
+        "rope": config.rope.model_dump(), "seed": config.student_seed,
+        "precision": config.compute.precision,
     } | models.lora_settings(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.distill_task import DistillSpec, DistillTask
         from clinkd.train.online_task import OnlineDistillTask
-        from clinkd.train.tasks import DistillSpec, DistillTask
 
         certificate = stamp(config, draft.path)
         spec = vqa_spec(
@@ -114,6 +115,7 @@ def distill(run: Run) -> Artifact:
                 else DistillTask(rows, scratch, spec, learn, zero)
             ),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
+            seed=config.student_seed,
         )  # fmt: skip
         return counts | {"certified": certificate["ok"]}
 
@@ -129,8 +131,12 @@ def train(
     make_task: Callable[[Any, Path], Any],
     out: Path | None = None,
     records: list[str] | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
-    """Trains one stage on the training split, or on ``records`` of it, and shows its progress."""
+    """Trains one stage on the training split, or on ``records`` of it, and shows its progress.
+
+    ``seed``: of the order of the samples; None: the run's.
+    """
     from clinkd.data.ingest import read_records
     from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob
@@ -145,7 +151,7 @@ def train(
     steps = steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
-        steps=steps, seed=run.config.run.seed, out=str(out.resolve()),
+        steps=steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
     )  # fmt: skip
     return _fit(run, job, read_records(data, split="train", ids=records), draft.work, len(chosen))
 

@@ -183,10 +183,12 @@ class BatchMaker:
 
     def _filler(self) -> Arrays:
         ids = np.full((1, 2), self.tokenizer.pad_token_id, np.int64)
+        positions = np.zeros((4, 1, 2), np.float32)
+        positions[0] = [0, 1]  # the text's; guided ones are 0 at padding
         return join([blank(self.processor)]) | {
             "input_ids": ids,
             "labels": np.full_like(ids, -100),
-            "position_ids": np.tile(np.arange(2, dtype=np.float32), (4, 1, 1)),
+            "position_ids": positions,
             "image_index": np.zeros(0, np.int64),
             "samples": np.array([0]),
         }

@@ -1,7 +1,14 @@
 """DeepSpeed from our configuration, in one place: optimiser, schedule, clipping, accumulation, precision.
 
 Decisions:
-- What a user lays in with ``compute.deepspeed: FILE`` is the base; keys that our configuration decides win.
+- What a user lays in with ``compute.deepspeed: FILE`` is the base; keys that our configuration decides win,
+  what it leaves open (``null``) is set only where the file says nothing. A value of "auto", which
+  transformers would fill in, says nothing.
+- On a GPU, open keys follow from the model's width as transformers' "auto" does (reduce bucket hidden^2,
+  prefetch 0.9 hidden^2, persistence 10 hidden): a bucket is about one square matrix, so that reducing begins
+  early in the backward pass. Tiny models get larger ones: a collective has a price of its own.
+- On a CPU nothing overlaps: collectives hold the thread. Buckets take a tiny model whole, but not the two
+  gigabytes of DeepSpeed's default, which it sets aside.
 - On CPU the optimiser is torch's AdamW: DeepSpeed's own wants to compile one first, for nothing at this size.
 - On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
   behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
@@ -20,22 +27,22 @@ from typing import Any
 
 from clinkd.config import ComputeSection, ConfigError, OptimSection, merge
 
+WHOLE_BUCKET = 500_000_000  # DeepSpeed's default, elements
+LEAST_BUCKET = 1 << 20
+CPU_BUCKET = 1 << 23
 
-def deepspeed_config(optim: OptimSection, compute: ComputeSection, zero_stage: int) -> dict[str, Any]:
+
+def deepspeed_config(
+    optim: OptimSection, compute: ComputeSection, zero_stage: int, hidden: int | None = None
+) -> dict[str, Any]:
     """The JSON that DeepSpeed gets.
+
+    Args:
+        hidden: width of the model; None: not known.
 
     Raises:
         ConfigError: ``compute.deepspeed`` is no readable JSON object.
     """
-    zero: dict[str, Any] = {"stage": zero_stage}
-    if zero_stage == 3:
-        # Parameters under the threshold stay whole on every rank: gathering them costs more than they weigh.
-        zero |= {
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 10_000,
-        }
-    if compute.cpu_offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     ours = {
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
@@ -50,12 +57,57 @@ def deepspeed_config(optim: OptimSection, compute: ComputeSection, zero_stage: i
             },
         },
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
+        "zero_optimization": _zero_ours(compute, zero_stage),
         "bf16": {"enabled": compute.precision == "bf16"},
         "fp16": {"auto_cast": False},  # it would halve what a module is given: positions, scores
         "steps_per_print": 10**9,
     }
-    return merge(_read_base(compute.deepspeed), ours)
+    preset = {"zero_optimization": _zero_preset(compute, zero_stage, hidden)}
+    return merge(merge(preset, _given(_read_base(compute.deepspeed))), ours)
+
+
+def _zero_ours(compute: ComputeSection, zero_stage: int) -> dict[str, Any]:
+    """What our configuration decides of ZeRO."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if compute.overlap_comm is not None:
+        zero["overlap_comm"] = compute.overlap_comm
+    if compute.bucket_size is not None:
+        zero |= {"reduce_bucket_size": compute.bucket_size, "allgather_bucket_size": compute.bucket_size}
+    pinned = {"device": "cpu", "pin_memory": True}
+    if compute.cpu_offload:
+        zero["offload_optimizer"] = pinned
+    if zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if compute.offload_parameters:
+            zero["offload_param"] = pinned
+    return zero
+
+
+def _zero_preset(compute: ComputeSection, zero_stage: int, hidden: int | None) -> dict[str, Any]:
+    """What holds where neither our configuration nor the user's file says anything; see above."""
+    if zero_stage == 0:
+        return {}
+    zero: dict[str, Any] = {"overlap_comm": compute.gpus_per_worker > 0}
+    if compute.gpus_per_worker == 0:
+        zero |= {"reduce_bucket_size": CPU_BUCKET, "allgather_bucket_size": CPU_BUCKET}
+    elif hidden is not None:
+        bucket = min(WHOLE_BUCKET, max(LEAST_BUCKET, hidden**2))
+        zero["reduce_bucket_size"] = bucket
+        if zero_stage == 3:
+            zero["stage3_prefetch_bucket_size"] = int(0.9 * bucket)
+    if zero_stage == 3:
+        # Parameters under the threshold stay whole on every rank: gathering them costs more than they weigh.
+        zero["stage3_param_persistence_threshold"] = max(10_000, 10 * (hidden or 0))
+    return zero
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` without those that are "auto"."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
 
 
 def _read_base(path: str | None) -> dict[str, Any]:
@@ -81,6 +133,13 @@ def learning_rate(step: int, total: int, optim: OptimSection) -> float:
         return max(0.02, min(1.0, 5 * (1 - step / total)))
     done = min(1.0, (step - warm) / max(1, total - warm))
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def hidden_size(module: Any) -> int | None:
+    """Width of the widest language model in ``module``; None where there is none."""
+    configs: list[Any] = [part.config for part in module.modules() if hasattr(part, "config")]
+    texts = [getattr(config, "text_config", config) for config in configs]
+    return max((text.hidden_size for text in texts if hasattr(text, "hidden_size")), default=None)
 
 
 def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
@@ -128,7 +187,7 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameter_groups(module, optim),
-        config=deepspeed_config(optim, compute, zero_stage),
+        config=deepspeed_config(optim, compute, zero_stage, hidden_size(module)),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, curve),
         dist_init_required=False,
     )

@@ -14,7 +14,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from clinkd.data.regions import Pair, coverage, covered, region_pairs
 from clinkd.model.tiny_guide import TinyGuide
+from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import SupervisedTask, VqaSpec
 
@@ -64,6 +65,20 @@ class GuideLoss(nn.Module):
         bag = -self.guide.bag_logits(patches[regions]).log_softmax(-1).gather(1, numbers).mean(1).sum()
         loss = name + TEXT_WEIGHT * text + HEADS_WEIGHT * boxes + BAG_WEIGHT * bag
         return {"loss": loss, "name": name, "boxes": boxes, "bag": bag, "text": text}
+
+    def own_work(self, arguments: Mapping[str, Any], tokens: int) -> list[Work]:
+        """Each patch of a region through heads and table, four numbers and a bag; each patch with each
+        phrase, both of which pass gradients on."""
+        text = self.guide.model.config.text_config
+        width, table = text.hidden_size, text.hidden_size * text.vocab_size
+        trains = self.guide.model.get_input_embeddings().weight.requires_grad
+        phrases, regions = len(arguments["phrase_ids"]), len(arguments["regions"])
+        patches = len(arguments["labels"])
+        return [
+            Work(regions, 4 * width**2 + 5 * table, 4 * width**2 + 5 * table * trains, reached=True),
+            Work(regions + phrases, width**2, trained=0, reached=True),  # the rotation
+            Work(patches, width * phrases, width * phrases, reached=True),
+        ]
 
 
 class Taught(NamedTuple):

@@ -5,6 +5,7 @@ Decisions:
   the guide, the teacher, distillation and reflection differ nowhere else.
 - Losses come as sums with the number of tokens they are over; the loop divides by the tokens of all ranks and
   accumulation steps, so that the result does not depend on how a batch was dealt out.
+- Counts of all ranks (train/meter.py) travel together, before the step: one collective for all of them.
 - Rank 0 writes metrics as lines of a file beside the checkpoints: reporting each step to Ray Train would wait
   for its controller. After a resume, lines past the checkpoint are cut off.
 """
@@ -12,6 +13,7 @@ Decisions:
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
@@ -42,8 +44,20 @@ class Task(Protocol):
     # A task with a method ``feed(rank, world, limit, state, device)`` is asked for a stream of micro-batches
     # in the place of ``turn_counts`` and ``batch``; see train/feed.py.
 
+    # A task with a method ``facts(step, total) -> dict[str, float]`` has these put into the metrics, in the
+    # step's line. They follow from the step alone, so that a resumed run writes the same.
+
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes the trained model, ``state`` being the whole state dict of the module; rank 0 only."""
+
+
+class Totals(NamedTuple):
+    """Of one step, over all ranks."""
+
+    tokens: float  # that the loss is over
+    samples: int
+    input_tokens: int
+    operations: float
 
 
 @dataclass(frozen=True)
@@ -87,13 +101,16 @@ class Worker:
 
     def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
         from clinkd.train.engine import start_engine
+        from clinkd.train.meter import Meter
 
         self.job, self.task, self.rank, self.world = job, task, rank, world
         self.streams = hasattr(task, "feed")
         if not self.streams:
             self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
         self.feed: Any = None
-        self.engine = start_engine(task.build(), job.optim, job.compute, job.zero_stage, job.steps)
+        module = task.build()
+        self.meter = Meter(module)
+        self.engine = start_engine(module, job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.step = self.consumed = 0
 
@@ -101,11 +118,13 @@ class Worker:
         self._restore()
         start, seen = time.monotonic(), 0
         while self.step < self.job.steps:
-            sums, tokens, samples = self._train_step()
+            begun = time.monotonic()
+            sums, totals = self._train_step()
+            now = time.monotonic()
             self.step += 1
             self.consumed += self._groups_per_step
-            seen += samples
-            self._log(sums, tokens, seen / (time.monotonic() - start))
+            seen += totals.samples
+            self._log(sums, totals, now - begun, seen / (now - start))
             if self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.steps:
                 self._checkpoint()
         self._finish()
@@ -128,37 +147,49 @@ class Worker:
             arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
             yield arguments, tokens, len(arguments.get("input_ids", groups))
 
-    def _train_step(self) -> tuple[dict[str, float], float, int]:
-        """Sums of the losses, tokens and samples, all over all ranks."""
+    def _train_step(self) -> tuple[dict[str, float], Totals]:
+        """Sums of the losses and counts, all over all ranks."""
         import torch
         import torch.distributed as dist
 
         batches = list(self._micro_batches())
-        counts = torch.tensor([[tokens, samples] for _, tokens, samples in batches], dtype=torch.float64).sum(
-            0
-        )
-        counts = counts.to(self.engine.device)
+        found = [(n, samples, *self.meter.count(arguments, n)) for arguments, n, samples in batches]
+        counts = torch.tensor(found, dtype=torch.float64).sum(0).to(self.engine.device)
         dist.all_reduce(counts)
         count = counts[0].float()
         # DeepSpeed averages over ranks and accumulation steps; ours are sums, to be divided by all tokens.
         scale = self.world * len(batches) / count.clamp(min=1)
         sums: dict[str, Any] = {}
         for arguments, _, _ in batches:
-            found = self.engine(**{key: _move(value, self.engine.device) for key, value in arguments.items()})
-            self.engine.backward(found["loss"] * scale)
+            given = {key: _move(value, self.engine.device) for key, value in arguments.items()}
+            losses = self.engine(**given)
+            self.engine.backward(losses["loss"] * scale)
             self.engine.step()
-            for key, value in found.items():
+            for key, value in losses.items():
                 sums[key] = sums.get(key, 0.0) + value.detach().float()
         packed = torch.stack([sums[key] for key in sorted(sums)])
         dist.all_reduce(packed)
-        return dict(zip(sorted(sums), packed.tolist(), strict=True)), count.item(), int(counts[1])
+        tokens, samples, inputs, operations = counts.tolist()
+        totals = Totals(tokens, int(samples), int(inputs), operations)
+        return dict(zip(sorted(sums), packed.tolist(), strict=True)), totals
 
-    def _log(self, sums: dict[str, float], tokens: float, rate: float) -> None:
+    def _log(self, sums: dict[str, float], totals: Totals, seconds: float, rate: float) -> None:
+        """A line of the metrics; ``seconds`` of this step, ``rate`` in samples a second since the start."""
         if self.rank:
             return
+        from clinkd.train.meter import gradient_norm, peak_memory_gib, speed
+
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
-        line |= {key: round(value / max(tokens, 1.0), 6) for key, value in sums.items()}
-        line |= {"lr": self.engine.get_lr()[0], "tokens": int(tokens), "samples_per_s": round(rate, 2)}
+        line |= {key: round(value / max(totals.tokens, 1.0), 6) for key, value in sums.items()}
+        line |= {"lr": self.engine.get_lr()[0], "tokens": int(totals.tokens), "samples_per_s": round(rate, 2)}
+        line |= speed(seconds, totals.input_tokens, totals.operations)
+        line["memory_gib"] = peak_memory_gib(self.engine.device)
+        norm = gradient_norm(self.engine)
+        if norm is not None:
+            line["grad_norm"] = norm
+        if hasattr(self.task, "facts"):
+            facts = self.task.facts(self.step - 1, self.job.steps)
+            line |= {key: round(value, 6) for key, value in facts.items() if math.isfinite(value)}
         with self.metrics.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
 

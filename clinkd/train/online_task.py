@@ -36,8 +36,9 @@ from clinkd.model.chat import collate
 from clinkd.model.generate import generate_ids
 from clinkd.model.guided import GuidedModel
 from clinkd.model.pixels import load_processor
+from clinkd.train.distill_task import DistillSpec, DistillTask
 from clinkd.train.ledger import Group
-from clinkd.train.tasks import AnswerLoss, DistillSpec, DistillTask, SupervisedTask, VqaSpec
+from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
 SEEN = ("labels", "input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_index")
 """What the teacher gets of a batch: not the guide's scores, its positions are its own."""

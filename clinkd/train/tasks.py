@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from clinkd.data.ingest import RecordTable, collect, decode, open_table
 from clinkd.data.records import sample_id
 from clinkd.data.scores import Scores
-from clinkd.data.shards import DataError
-from clinkd.distill.curriculum import admitted_margin
-from clinkd.distill.losses import answer_loss, distill_loss, distill_loss_topk
-from clinkd.distill.summary import tail_at
+from clinkd.distill.losses import answer_loss
 from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import load_model, save_model, set_trainable
 from clinkd.model.guide import guide_inputs, merged_grids
@@ -228,118 +225,6 @@ class SupervisedTask:
         model.load_state_dict({name: own[name] for name in trained_weights(model)}, strict=False)
         save_adapter(model, self.spec.lora, self.spec.model, self.spec.train_vision, out)
         merge_adapters(model)
-
-
-class DistillLossModule(AnswerLoss):
-    """(a * KD + CE) / (1 + a) against what the cache says of the teacher; sums over answer tokens."""
-
-    teacher_head: Tensor | None
-
-    def __init__(
-        self,
-        model: GuidedModel,
-        chunk_size: int,
-        teacher_head: Tensor | None,
-        options: Mapping[str, Any],
-        zero3: bool = False,
-        vocabulary: int | None = None,
-    ) -> None:
-        super().__init__(model, chunk_size, zero3)
-        self.register_buffer("teacher_head", teacher_head, persistent=False)
-        self.options, self.vocabulary = dict(options), vocabulary
-
-    def forward(  # type: ignore[override]
-        self,
-        labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        top_logits: Tensor | None = None,
-        top_ids: Tensor | None = None,
-        tails: Tensor | None = None,
-        **inputs: Any,
-    ) -> dict[str, Tensor]:
-        """Either ``teacher_hidden`` [N, Ht], or the three of a cache of top-k logits (``Form.unpack``)."""
-        hidden, targets = self.hidden(labels, **inputs)
-        own = self.model.lm_head.weight
-        how: dict[str, Any] = {"chunk_size": self.chunk_size, "normalizer": 1.0} | self.options
-        if teacher_hidden is not None:
-            assert self.teacher_head is not None
-            found = distill_loss(
-                hidden, own, targets, teacher_hidden.to(hidden.dtype), self.teacher_head, **how
-            )
-        else:
-            assert top_logits is not None and top_ids is not None and tails is not None and self.vocabulary
-            found = distill_loss_topk(
-                hidden, own, targets, top_logits, top_ids.long(), tail_at(tails, self.options["temperature"]),
-                vocabulary=self.vocabulary, **how,
-            )  # fmt: skip
-        return {"loss": found.total, "kd": found.kd, "ce": found.ce}
-
-
-@dataclass(frozen=True)
-class DistillSpec:
-    """How a student learns from the cache; travels by value."""
-
-    cache: str
-    options: Mapping[str, Any]  # a, temperature, divergence of distill_loss
-    start_quantile: float
-    end_quantile: float
-
-
-class DistillTask(SupervisedTask):
-    """Turns with the cache's answers and what the teacher says at their tokens, admitted by its margin.
-
-    A turn under the admitted margin waits for a later epoch; of a group in which all wait, the one of
-    which the teacher is surest stays. A turn whose pseudo-label was refused never comes; where a batch
-    has no other, the surest turn of all stands in, so that no rank is ever without work.
-
-    Raises:
-        DataError: every pseudo-label was refused, and there is no truth.
-    """
-
-    def __init__(
-        self, rows: Any, scratch: Path, spec: VqaSpec, distill: DistillSpec, zero_stage: int = 0
-    ) -> None:
-        from clinkd.distill.teacher_cache import TeacherCache
-
-        super().__init__(rows, scratch, spec, zero_stage)
-        self.distill, self.cache = distill, TeacherCache(Path(distill.cache), scratch)
-        margins = self.cache.margins
-        if not margins:
-            raise DataError("label: nothing to learn from, every pseudo-label was refused (see its counts)")
-        self.margins = np.array(list(margins.values()))
-        record, _, turn = max(margins, key=lambda name: margins[name]).rpartition("#")
-        self.surest: Group = (self.ids.index(record), (int(turn),))
-
-    def build(self) -> nn.Module:
-        return DistillLossModule(
-            self.load(), self.spec.chunk_size, self.cache.head, self.distill.options, zero3=self.zero3,
-            vocabulary=self.cache.form.vocabulary,
-        )  # fmt: skip
-
-    def answer(self, record: int, turn: int) -> str:
-        return str(self.cache.answers[sample_id(self.ids[record], turn)])
-
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        admitted = self.admitted(groups, step, total)
-        inputs, tokens = super().batch(admitted, step, total)
-        names = [sample_id(self.ids[record], turn) for record, turns in admitted for turn in turns]
-        return inputs | self.cache.read(names), tokens
-
-    def admitted(self, groups: list[Group], step: int, total: int) -> list[Group]:
-        """What of some groups is learned from in a step."""
-        bar = admitted_margin(
-            step, total, self.margins, self.distill.start_quantile, self.distill.end_quantile
-        )
-        found = [(record, self._admit(record, turns, bar)) for record, turns in groups]
-        return [group for group in found if group[1]] or [self.surest]
-
-    def _admit(self, record: int, turns: tuple[int, ...], bar: float) -> tuple[int, ...]:
-        names = {turn: sample_id(self.ids[record], turn) for turn in turns}
-        margins = {turn: self.cache.margins[name] for turn, name in names.items() if name in self.cache}
-        if not margins:
-            return ()
-        kept = tuple(turn for turn, margin in margins.items() if margin >= bar)
-        return kept or (max(margins, key=lambda turn: margins[turn]),)
 
 
 class ReflectTask(SupervisedTask):

@@ -216,10 +216,13 @@ def test_a_store_follows_from_the_teachers_files_and_the_form(folder: Path, tmp_
     assert teacher_key(copy, {"form": "int8"}) != teacher_key(folder, {"form": "int8"})
 
 
-def test_a_store_that_is_gone_is_said_to_be(folder: Path, tmp_path: Path) -> None:
+def test_a_part_that_is_gone_or_torn_is_said_to_be(folder: Path, tmp_path: Path) -> None:
     found = ask(folder, str(tmp_path / "a"), [row(0)])
     cache = listed(found, str(tmp_path / "a"), tmp_path / "list")
     for part in (tmp_path / "a" / "teacher").glob("*.arrow"):
+        part.write_bytes(part.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="were written; delete it and the stage label's folder"):
+            cache.read([found["sample"][0]])
         part.unlink()
-    with pytest.raises(FileNotFoundError, match="is gone; delete the stage label's folder"):
+    with pytest.raises(FileNotFoundError, match="is gone; delete it and"):
         cache.read([found["sample"][0]])

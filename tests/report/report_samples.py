@@ -118,7 +118,8 @@ def guide_samples_of(drawn: Iterable[tuple[bytes, Record]], rng: np.random.Gener
     return found
 
 
-def metrics_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
+def metrics_rows(rng: np.random.Generator, measured: bool = True) -> list[dict[str, Any]]:
+    """Lines of training; not ``measured``: as runs wrote them that knew losses and samples a second alone."""
     rows: list[dict[str, Any]] = []
     for stage, steps in (("teacher", 600), ("distill", 400), ("reflect", 120)):
         for step in range(0, steps, 5):
@@ -126,6 +127,11 @@ def metrics_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
             row = {"stage": stage, "step": step, "loss": loss, "samples_per_s": 40.0 + float(rng.random())}
             if stage == "distill":
                 row |= {"kd": 0.4 * loss, "ce": 0.9 * loss}
+            if measured:
+                row |= {"seconds": 0.2, "tokens": 90, "input_tokens": 300, "tokens_per_s": 1500.0 + step}
+                row |= {"tflops_per_s": 0.0125, "memory_gib": 1.25 + step / 1e4, "grad_norm": 0.4}
+            if measured and stage == "distill":
+                row |= {"admitted_margin": 0.8 - step / 1000, "admitted_share": 0.5 + step / 800}
             if stage == "reflect":
                 row["round"] = 1
             rows.append(row)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_samples import evaluation, whole_run
+from report_samples import evaluation, metrics_rows, whole_run
 
 from clinkd.report.html import ReportInputs, boxed, build_report, duration, points
 
@@ -87,7 +87,31 @@ def test_every_part_of_the_run_is_on_the_page(report: Path):
     ):
         assert part in page or part.replace("&#39;", "'") in page, part
     assert page.count("data:image/jpeg") > 80
+    assert page.count('class="chart"') == 3 + 2 + 2 + 3 + 6
+
+
+def test_the_curriculum_stands_beside_what_distillation_learned(report: Path):
+    found = Found(report.read_text(encoding="utf-8"))
+    said = [attributes.get("aria-label") or "" for tag, attributes in found.tags if tag == "svg"]
+    assert any(
+        text.startswith("share of samples over steps. distill: from 0.5 to 0.994") for text in said
+    )
+    assert any(text.startswith("mean p1 - p2 over steps. distill: from 0.8 to 0.405") for text in said)
+
+
+def test_throughput_is_a_row_for_each_stage(report: Path):
+    text = " ".join(Found(report.read_text(encoding="utf-8")).text.split())
+    table = text[text.index("Throughput of training") :]
+    assert re.search(r"teacher ?120 ?40\.\d ?1,798 ?0\.0125 ?1\.31 GiB ?distill ?80", table)
+
+
+def test_a_run_that_measured_little_has_a_report(tmp_path: Path):
+    old = metrics_rows(np.random.default_rng(3), measured=False)
+    page, found = made(whole_run(metrics=old), tmp_path)
+    text = " ".join(found.text.split())
     assert page.count('class="chart"') == 3 + 2 + 3 + 6
+    assert re.search(r"teacher ?120 ?40\.\d ?— ?— ?— ?distill", text[text.index("Throughput of training") :])
+    assert "reaches the bar" not in text
 
 
 def test_text_from_outside_is_shown_not_run(tmp_path: Path):
@@ -115,7 +139,7 @@ def test_text_from_outside_is_shown_not_run(tmp_path: Path):
             }
         ],
         metrics=[
-            {"stage": HOSTILE, "step": 1, "loss": 1.0},
+            {"stage": HOSTILE, "step": 1, "loss": 1.0, "samples_per_s": 2.0, "admitted_share": 0.5},
             {"stage": "reflect", "event": HOSTILE, HOSTILE: HOSTILE},
         ],
         stages=[{"stage": HOSTILE, "fingerprint": HOSTILE, "counts": {HOSTILE: [HOSTILE]}}],
@@ -157,6 +181,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path):
         "The run's own parameters were not given.",
         "No stages were recorded.",
         "This run belongs to no sweep.",
+        "No stage logged how fast it trained.",
         "The configuration was not kept",
         "No loss certificate was kept with this run.",
         "No software versions were recorded.",

@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clinkd.config import ComputeSection, ConfigError, OptimSection
-from clinkd.train.engine import deepspeed_config, learning_rate
+from clinkd.train.engine import deepspeed_config, hidden_size, learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -26,14 +27,93 @@ def test_wsd_is_flat_until_the_last_fifth() -> None:
     assert learning_rate(79, 100, optim) == 1 and learning_rate(90, 100, optim) == pytest.approx(0.5)
 
 
+def told(
+    tmp_path: Path, file: dict[str, Any] | None = None, stage: int = 2, hidden: int | None = 1536, **compute
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for ``compute`` with this ``file``."""
+    if file is not None:
+        (tmp_path / "ds.json").write_text(json.dumps(file))
+        compute["deepspeed"] = str(tmp_path / "ds.json")
+    return deepspeed_config(OptimSection(clip=0.5), ComputeSection(**compute), stage, hidden)
+
+
+def zero(*args, **more) -> dict[str, Any]:
+    return told(*args, **more)["zero_optimization"]
+
+
 def test_a_users_keys_lie_under_ours(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(
-        json.dumps({"gradient_clipping": 9, "zero_optimization": {"overlap_comm": False, "stage": 0}})
-    )
-    config = deepspeed_config(OptimSection(clip=0.5), ComputeSection(deepspeed=str(path)), 2)
-    assert config["gradient_clipping"] == 0.5
-    assert config["zero_optimization"] == {"overlap_comm": False, "stage": 2}
+    file = {"gradient_clipping": 9, "wall_clock_breakdown": True, "zero_optimization": {"stage": 0}}
+    config = told(tmp_path, file)
+    assert config["gradient_clipping"] == 0.5 and config["zero_optimization"]["stage"] == 2
+    assert config["wall_clock_breakdown"] is True
+
+
+def test_what_we_leave_open_is_as_the_users_file_says(tmp_path: Path) -> None:
+    wanted = {"overlap_comm": True, "reduce_bucket_size": 77, "stage3_param_persistence_threshold": 5}
+    found = zero(tmp_path, {"zero_optimization": wanted}, stage=3)
+    assert wanted.items() <= found.items() and found["stage"] == 3
+    assert zero(tmp_path, stage=3)["overlap_comm"] is False
+
+
+def test_what_we_say_goes_before_the_users_file(tmp_path: Path) -> None:
+    base = {"overlap_comm": True, "reduce_bucket_size": 77, "round_robin_gradients": True}
+    found = zero(tmp_path, {"zero_optimization": base}, overlap_comm=False, bucket_size=1000)
+    assert found["overlap_comm"] is False and found["round_robin_gradients"] is True
+    assert found["reduce_bucket_size"] == found["allgather_bucket_size"] == 1000
+
+
+def test_auto_in_the_users_file_says_nothing(tmp_path: Path) -> None:
+    file = {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
+    config = told(tmp_path, file, gpus_per_worker=1)
+    assert "train_batch_size" not in config
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1536**2
+
+
+def test_on_a_gpu_buckets_follow_the_models_width(tmp_path: Path) -> None:
+    found = zero(tmp_path, stage=3, gpus_per_worker=1)
+    assert found["overlap_comm"] is True and found["reduce_bucket_size"] == 1536 * 1536
+    assert found["stage3_prefetch_bucket_size"] == int(0.9 * 1536 * 1536)
+    assert found["stage3_param_persistence_threshold"] == 15360
+    assert zero(tmp_path, hidden=128, gpus_per_worker=1)["reduce_bucket_size"] == 2**20
+    assert zero(tmp_path, hidden=10**5, gpus_per_worker=1)["reduce_bucket_size"] == 500_000_000
+    assert "reduce_bucket_size" not in zero(tmp_path, hidden=None, gpus_per_worker=1)  # DeepSpeed's own
+
+
+def test_on_a_cpu_nothing_overlaps_and_buckets_are_small(tmp_path: Path) -> None:
+    for stage in (1, 2, 3):
+        found = zero(tmp_path, stage=stage, hidden=128)
+        assert found["overlap_comm"] is False
+        assert 2 * 10**6 < found["reduce_bucket_size"] == found["allgather_bucket_size"] < 10**7
+    assert zero(tmp_path, stage=0) == {"stage": 0}
+
+
+def test_parameters_are_offloaded_under_zero_3_alone(tmp_path: Path) -> None:
+    how = {"cpu_offload": True, "zero_stage": 1, "teacher_zero_stage": 3}
+    teacher, student = (zero(tmp_path, stage=stage, offload_parameters=True, **how) for stage in (3, 1))
+    assert teacher["offload_param"]["device"] == "cpu" and "offload_param" not in student
+    assert teacher["offload_optimizer"]["device"] == student["offload_optimizer"]["device"] == "cpu"
+    assert "offload_param" not in zero(tmp_path, stage=3, **how)
+    with pytest.raises(ValueError, match="zero_stage: 3"):
+        ComputeSection(offload_parameters=True, cpu_offload=True)
+
+
+def test_every_preset_is_a_configuration_of_deepspeeds(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for stage in range(4):
+        for gpus in (0, 1):
+            made = DeepSpeedZeroConfig(**zero(tmp_path, stage=stage, gpus_per_worker=gpus))
+            assert made.stage == stage and (stage == 0 or made.overlap_comm == bool(gpus))
+
+
+def test_the_width_is_the_language_models() -> None:
+    import torch
+    from transformers import Qwen2VLConfig
+
+    whole = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    assert hidden_size(whole) is None
+    whole[1].config = Qwen2VLConfig(text_config={"hidden_size": 96}, vision_config={"hidden_size": 700})
+    assert hidden_size(whole) == 96
 
 
 @pytest.mark.parametrize("text", ["[1]", "{"])

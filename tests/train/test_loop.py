@@ -82,6 +82,8 @@ def test_a_worker_that_dies_changes_nothing(ray_session, tmp_path):
     calm = train(tmp_path / "calm", zero=1)
     assert [line["step"] for line in calm] == list(range(1, 13)) and calm[-1]["loss"] < 0.5 * calm[0]["loss"]
     assert all(line["samples_per_s"] > 0 for line in calm)
+    assert all(line["seconds"] > 0 and line["memory_gib"] > 0 and line["grad_norm"] > 0 for line in calm)
+    assert all("tokens_per_s" not in line for line in calm)  # what it learns from has no tokens
     torn = train(tmp_path / "torn", zero=1, fail_once=str(tmp_path / "died"))
     assert (tmp_path / "died").exists()
     assert [line["loss"] for line in torn] == [line["loss"] for line in calm]

@@ -80,15 +80,15 @@ class Maker:
     """Makes a task on a worker, in the place of ``SupervisedTask``."""
 
     def __init__(self, cache: str, kind: Any = None, **online: Any) -> None:
-        from clinkd.train.tasks import DistillSpec
+        from clinkd.train.distill_task import DistillSpec
 
         self.kind, self.online = kind, online
         options = {"a": 2.0, "temperature": 1.0, "divergence": "forward_kl"}
         self.distill = DistillSpec(cache, options, start_quantile=0.5, end_quantile=0.0)
 
     def __call__(self, rows: Any, scratch: Path, spec: Any, zero: int) -> Any:
+        from clinkd.train.distill_task import DistillTask
         from clinkd.train.online_task import OnlineDistillTask, OnlineSpec
-        from clinkd.train.tasks import DistillTask
 
         if not self.online:
             return DistillTask(rows, scratch, spec, self.distill, zero)

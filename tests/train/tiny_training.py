@@ -31,8 +31,10 @@ def train(
     precision: str = "fp32",
     checkpoint_every: int = 100,
     task: Any = None,
+    compute: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Lines of the metrics; the model lies in ``out / "model"``. ``task``: in place of SupervisedTask."""
+    """Lines of the metrics; the model lies in ``out / "model"``. ``task``: in place of SupervisedTask;
+    ``compute``: more of that section."""
     import ray.data
 
     from clinkd.data.shards import shard_paths
@@ -45,7 +47,9 @@ def train(
         stage="teacher",
         make_task=lambda rows, scratch: kind(rows, scratch, spec, zero),
         optim=OptimSection(batch_size=2, questions_per_image=3, lr=5e-3),
-        compute=ComputeSection(workers=2, precision=precision, checkpoint_every=checkpoint_every),
+        compute=ComputeSection(
+            workers=2, precision=precision, checkpoint_every=checkpoint_every, **compute or {}
+        ),
         zero_stage=zero,
         steps=steps,
         seed=0,
