@@ -151,8 +151,8 @@ def test_the_student_learns_from_its_own_answers_and_the_teacher_stays_as_it_is(
     lines = train(prepared, tmp_path / "out", spec_of(start), zero=1, steps=20, task=maker)
     assert all(line["sampled"] == 1 and "ce" not in line for line in lines)
     assert all(line["loss"] == pytest.approx(2 / 3 * line["kd"], rel=1e-4) for line in lines)
-    first, last = (sum(line["kd"] for line in part) for part in (lines[:3], lines[-3:]))
-    assert last < 0.5 * first
+    first, last = (sum(line["kd"] for line in part) for part in (lines[:5], lines[-5:]))
+    assert last < 0.6 * first
     told = json.loads((tmp_path / "out" / "told.json").read_text())
     assert told["whole"] and told["held"] == told["of"]
     assert set(told["state"]) == {f"model.{name}" for name in load_model(start).state_dict()}
@@ -253,7 +253,7 @@ def test_sampled_are_the_students_own_tokens_up_to_their_end(task) -> None:
     silent = task.student.lm_head.register_forward_hook(
         lambda module, given, logits: logits.index_fill(-1, torch.tensor(end), 1e4)
     )
-    inputs, tokens = task.batch(GROUPS, 4, 9)
+    inputs, tokens = task.batch(GROUPS, 8, 9)  # in the last step nothing waits
     silent.remove()
     assert [row[row != -100].tolist() for row in inputs["labels"]] == [[end]] * 5
     assert tokens == len(inputs["teacher_hidden"]) == 5
