@@ -5,8 +5,8 @@
 A step is the student's forward pass, the loss and the backward pass to its weights, without optimiser: batch
 2 x 1,024 tokens, vocabulary 151,936, student of 2 layers x 256, teacher of 2 x 512, heads tied, forward KL,
 a = 0.5, T = 0.5, float32. What the sides do stands in kd.py; the teacher's cache is written beforehand,
-reading the states out of it is part of our step. --answers are the answer tokens of each sequence; the full-logit
-side does the same work for any number of them and is measured once.
+reading the states out of it is part of our step. --answers are the answer tokens of each sequence; the
+full-logit side does the same work for any number of them and is measured once.
 
 Before anything is timed, our loss (total, KL, CE) is held against one from whole logits of both models at the
 same positions: within 1e-4, relative; and for the fewest answer tokens all gradients, within 1e-3 of each
