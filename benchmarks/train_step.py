@@ -14,8 +14,10 @@ clock and by the process's CPU seconds, which other work disturbs less, and thei
 the losses of all steps are held against the bare loop's before anything is printed: the first five within
 1e-4, relative, the rest within 1e-2, for rounding grows with each step.
 
-"Where it goes" is the mean of a step of our side in ms, by timers around the parts of the loop; on the bare
-side the same parts. Timers, metrics lines and the all-reduce of one process are in the times above.
+"Where it goes" is the mean of a step in ms, by timers around the parts of either loop. On our side all-reduce
+is the loop's own two (counts, sums of the losses) and DeepSpeed's of gradients, which are not counted again
+in the parts that call them; moving the batch and reading the losses is in the rest. Timers are in the times
+above.
 """
 
 from __future__ import annotations
@@ -141,6 +143,7 @@ def run_bare(chosen: argparse.Namespace, table: Any, out: Path) -> None:
     from clinkd.train.engine import learning_rate, parameter_groups
     from clinkd.train.ledger import Ledger
 
+    os.setsid()  # as Ray's workers: Linux may share cores out by session
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     optim, total, times = options(chosen), chosen.warm + chosen.steps, Times()

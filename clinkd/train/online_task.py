@@ -37,6 +37,7 @@ from clinkd.model.generate import generate_ids
 from clinkd.model.guided import GuidedModel
 from clinkd.model.pixels import load_processor
 from clinkd.train.distill_task import DistillSpec, DistillTask
+from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
@@ -83,6 +84,10 @@ class OnlineLoss(AnswerLoss):
         share = self.options["a"] / (1 + self.options["a"])
         count = torch.tensor(float(len(targets)), device=targets.device)
         return {"loss": share * found.kd, "kd": found.kd, "sampled": count}
+
+    def own_work(self, arguments: Mapping[str, Any], tokens: int) -> list[Work]:
+        """The teacher's head over the answer tokens; the teacher itself runs before the step."""
+        return [Work(tokens, arguments["teacher_head"].numel(), trained=0, reached=False)]
 
 
 class OnlineDistillTask(DistillTask):
