@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clinkd.train.tasks import DistillSpec, DistillTask
+from clinkd.train.distill_task import DistillSpec, DistillTask
 
 
 def task(margins: list[float], start: float = 0.5, end: float = 0.0) -> DistillTask:
