@@ -38,7 +38,3 @@ def test_a_step_says_the_same_whenever_it_is_asked() -> None:
     later = made.facts(7, 9)
     made.facts(1, 9)
     assert made.facts(7, 9) == later
-
-
-def test_an_empty_cache_has_no_facts() -> None:
-    assert task([]).facts(0, 3) == {}
