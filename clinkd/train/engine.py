@@ -12,16 +12,20 @@ Decisions:
 - On CPU the optimiser is torch's AdamW: DeepSpeed's own wants to compile one first, for nothing at this size.
 - On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
   behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
-  which goes with its process: whoever holds it takes a left file away.
+  which goes with its process: whoever holds it takes a left file away. The folder is one per environment:
+  two environments that share one would each compile what the other had just made, every time.
 - The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +157,24 @@ def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
     return [{"params": group, "lr": rate} for group, rate in rates if group]
 
 
+def extension_folder() -> Path:
+    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` decides if it is set."""
+    import torch
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    environment = f"{sys.prefix} {sys.version} {torch.__version__} {version('deepspeed')}"
+    ours = base / "torch_extensions" / f"clinkd-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ours))) / "deepspeed_shm_comm"
+
+
 def load_collectives() -> None:
     """DeepSpeed's shared-memory collectives for CPUs, compiled if need be; see above."""
     import fcntl
 
     from deepspeed.comm.torch import build_shm_op
-    from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
-    from torch.utils.cpp_extension import _get_build_directory
 
-    folder = Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
+    folder = extension_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "clinkd.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
