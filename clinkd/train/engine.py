@@ -158,7 +158,7 @@ def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
 
 
 def extension_folder() -> Path:
-    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` decides if it is set."""
+    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` goes before."""
     import torch
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
