@@ -143,7 +143,7 @@ def predict(
     checkpoint: Path = typer.Option(..., help="Hugging Face folder of a trained model."),
     data: str = typer.Option(..., help="Prepared data: a folder or URI."),
     out: Path = typer.Option(..., help="Predictions to write, JSONL."),
-    split: str = typer.Option("test", help="train or test."),
+    split: str = typer.Option("test", help="train, validation or test."),
     batch_size: int = typer.Option(64, min=1),
     max_new_tokens: int = typer.Option(64, min=1),
     guide: Path | None = typer.Option(

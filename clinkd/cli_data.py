@@ -38,6 +38,9 @@ def prepare(
     test_fraction: float = typer.Option(
         0.1, "--test-fraction", help="Share of the cases kept for evaluation."
     ),
+    validation_fraction: float = typer.Option(
+        0.05, "--validation-fraction", help="Share of the cases kept to choose by while training."
+    ),
     images_per_shard: int = typer.Option(256, "--images-per-shard", min=1, help="Records of one shard."),
     phantoms: int = typer.Option(
         2000, "--phantoms", min=1, help="Number of phantoms, when they are the source."
@@ -58,7 +61,7 @@ def prepare(
     storage.configure(endpoint_url)
     manifest = _prepare(
         source, out, images, phantoms, seed=seed, test_fraction=test_fraction, strict=strict,
-        images_per_shard=images_per_shard,
+        validation_fraction=validation_fraction, images_per_shard=images_per_shard,
     )  # fmt: skip
     typer.echo(console.account(manifest))
     typer.echo(f"prepared data in {out}")

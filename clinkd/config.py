@@ -50,6 +50,9 @@ class DataSection(Section):
     )
     endpoint_url: str | None = Field(None, description="S3 other than Amazon's (or AWS_ENDPOINT_URL)")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="share of the cases kept for evaluation")
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share kept to choose by while training (rounds of reflection)"
+    )
     phantoms: int = Field(2000, ge=8, description="number of phantom images, when source is 'phantoms'")
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are quarantined")
@@ -210,6 +213,12 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
     sweep: SweepSection = SweepSection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.teacher.exercises and self.feed.mode == "stream":
+            raise ValueError("teacher.exercises above 0 needs feed.mode: table, a stream has none")
+        return self
 
     @property
     def student_seed(self) -> int:

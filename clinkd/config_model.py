@@ -112,3 +112,10 @@ class TeacherSection(Section):
     )
     tiny: TinySection = TinySection(layers=4)
     train_vision: bool = True
+    exercises: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of its training turns that are exercises in correcting an answer, for a teacher "
+        "made here that is to be the corrector of reflection",
+    )

@@ -96,7 +96,16 @@ class DistillSection(Section):
 class ReflectSection(Section):
     """Training with feedback on the model's own wrong answers."""
 
-    rounds: int = Field(1, ge=0)
+    rounds: int = Field(1, ge=0, description="at most")
+    patience: int = Field(
+        1, ge=1, description="rounds without fewer errors on the validation split after which no other begins"
+    )
+    validation: int = Field(
+        512, ge=0, description="samples of the validation split that are answered after each round"
+    )
+    corrector: str | None = Field(
+        None, description="folder of the model that corrects, of the Qwen2-VL family; none: the teacher"
+    )
     samples: int = Field(512, ge=1, description="training samples the student answers in a round")
     candidates: int = Field(4, ge=1, description="corrections the corrector samples for each miss")
     budget: int = Field(256, ge=1, description="most misses corrected in a round, the worst first")
@@ -108,7 +117,22 @@ class ReflectSection(Section):
     similarity: str = Field(
         "auto", description="'minilm', 'rouge', 'auto', or the folder of a sentence encoder"
     )
+    target: Literal["text", "distribution"] = Field(
+        "text",
+        description="what is learned where the student was wrong: the chosen text, or the distribution that "
+        "the corrector, who sees the truth, gives along the truth (privileged distillation; divergence and "
+        "temperature as in distill)",
+    )
     share: float = Field(
         0.25, ge=0, le=1, description="share of feedback in a batch; the rest is the full training data"
     )
+    replay: float = Field(
+        0.0, ge=0, le=1, description="share of what was right in a batch, so that it stays right"
+    )
     optim: OptimSection = OptimSection()
+
+    @model_validator(mode="after")
+    def _whole(self) -> ReflectSection:
+        if self.share + self.replay > 1:
+            raise ValueError(f"share ({self.share}) and replay ({self.replay}) are more than 1 together")
+        return self

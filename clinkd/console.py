@@ -17,7 +17,7 @@ def account(manifest: dict[str, Any]) -> str:
         f"{manifest['duplicates']} duplicates",
         "tasks: " + ", ".join(f"{name} {count}" for name, count in manifest["by_task"].items()),
         "modalities: " + ", ".join(f"{name} {count}" for name, count in manifest["by_modality"].items()),
-        f"split: {split['train']} train, {split['test']} test",
+        "split: " + ", ".join(f"{count} {side}" for side, count in split.items()),
     ]
     if manifest["by_reason"]:
         lines.append(

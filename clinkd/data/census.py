@@ -112,7 +112,7 @@ class Census:
         part.tasks.append([record["tasks"].get(task, 0) for task in TASKS])
         self.targets += len(record["masks"])
 
-    def settle(self, seed: int, test_fraction: float) -> None:
+    def settle(self, seed: int, test_fraction: float, validation_fraction: float = 0.0) -> None:
         """Finds the leaks and gives every case its side."""
         near, pairs = self._near()
         groups = split.groups(len(self._cases), [*self._shared, *near])
@@ -123,7 +123,9 @@ class Census:
             first[group] = min(first.get(group, names[number]), names[number])
         for number, group in enumerate(groups):
             members.setdefault(first[group], set()).update(self._of_case[number])
-        sides = split.assign(members, seed=seed, test_fraction=test_fraction)
+        sides = split.assign(
+            members, seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction
+        )
         self.sides = [sides[first[group]] for group in groups]
         sizes = Counter(groups)
         self.leaks = {
@@ -161,7 +163,9 @@ class Census:
         return {
             "by_task": dict(by_task),
             "by_modality": dict(sorted(by_modality.items())),
-            "by_split": {side: by_split[side] for side in ("train", "test")},
+            "by_split": {
+                side: by_split[side] for side in split.SIDES if side != "validation" or by_split[side]
+            },
             "images_by_modality": {name: dict(table[name]) for name in sorted(table)},
         }
 

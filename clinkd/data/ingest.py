@@ -110,7 +110,7 @@ def read_records(
     """Prepared records as a Ray Dataset.
 
     Args:
-        split: "train" or "test"; ids: these records alone. Neither: all.
+        split: "train", "validation" or "test"; ids: these records alone. Neither: all.
         blocks: at least this many blocks, so that as many actors find work in few shards.
     """
     import ray.data

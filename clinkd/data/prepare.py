@@ -49,6 +49,7 @@ def prepare(
     images: str | Path | None = None,
     seed: int = 0,
     test_fraction: float = 0.1,
+    validation_fraction: float = 0.0,
     images_per_shard: int = 256,
     limits: Limits | None = None,
     strict: bool = False,
@@ -61,7 +62,8 @@ def prepare(
     Args:
         source, images: see ``find_source``.
         seed: of the split and of the templates' choices (phantoms have a seed of their own).
-        test_fraction: share of the cases that goes to test, in [0, 1).
+        test_fraction, validation_fraction: shares of the cases that go to test and to validation, in [0, 1)
+            together; no validation by default.
         strict: the first refused row is an error.
         dry: check everything and write nothing but ``out/quarantine.jsonl``.
         cpus: Ray CPUs a part's task asks for.
@@ -75,6 +77,11 @@ def prepare(
     """
     if not 0 <= test_fraction < 1:
         raise DataError(f"a test fraction of {test_fraction}: it has to be at least 0 and below 1")
+    if not 0 <= validation_fraction < 1 - test_fraction:
+        raise DataError(
+            f"a validation fraction of {validation_fraction}: it has to be at least 0, and below 1 with the "
+            f"test fraction ({test_fraction})"
+        )
     found, out = find_source(source, images), storage.absolute(storage.locate(out))
     _keep_apart(found, out)
     work = _begin(out, dry)
@@ -96,9 +103,11 @@ def prepare(
     _write_quarantine(work, out, len(jobs))
     reasons = driver.by_reason + census.by_reason
     _complain(found, out, reasons, census.records > 0, strict)
-    census.settle(seed, test_fraction)
+    census.settle(seed, test_fraction, validation_fraction)
     manifest = _manifest(found, given, census, reasons)
     manifest |= {"seed": seed, "test_fraction": test_fraction, "leaks": census.leaks}
+    if validation_fraction:
+        manifest["validation_fraction"] = validation_fraction
     if dry:
         storage.remove(work)
         return manifest

@@ -142,7 +142,7 @@ def iter_rows(
     """Streams the shards' rows (one per record), ``batch_size`` at a time in memory.
 
     Args:
-        split: "train", "test" or None for both.
+        split: "train", "validation", "test" or None for all.
         columns: of ``schema()``; None for all, image bytes included.
     """
     wanted = columns if columns is None or "split" in columns else [*columns, "split"]

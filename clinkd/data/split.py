@@ -1,4 +1,4 @@
-"""Train and test, by case.
+"""Train, validation and test, by case.
 
 Decisions:
 - A case (the patient part of a name) goes to one side whole, whatever modalities it was imaged with; so
@@ -8,6 +8,7 @@ Decisions:
 - Each modality gives its share, at least one case to each side where it has two; the rounding carries over
   from one modality to the next, so that the whole comes out at the fraction asked for.
 - Two cases are enough for a test side, even where no modality has two.
+- Validation comes out of what test leaves, in the same way: the test side is the same with and without it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
+SIDES = ("train", "validation", "test")
 
-def assign(cases: Mapping[str, Collection[str]], *, seed: int, test_fraction: float) -> dict[str, str]:
-    """``{case: "train" | "test"}``.
+
+def assign(
+    cases: Mapping[str, Collection[str]], *, seed: int, test_fraction: float, validation_fraction: float = 0.0
+) -> dict[str, str]:
+    """``{case: one of SIDES}``.
 
     Args:
         cases: the modalities of each case.
         test_fraction: share of the cases that goes to test, in [0, 1).
+        validation_fraction: that goes to validation, so that both stay below 1.
     """
+    sides = _halves(cases, seed, test_fraction)
+    rest = {case: names for case, names in cases.items() if sides[case] == "train"}
+    if validation_fraction > 0 and len(rest) > 1:
+        inner = _halves(rest, seed, validation_fraction / (1 - test_fraction))
+        sides |= {case: "validation" for case, side in inner.items() if side == "test"}
+    return sides
+
+
+def _halves(cases: Mapping[str, Collection[str]], seed: int, test_fraction: float) -> dict[str, str]:
+    """``{case: "train" | "test"}``."""
     members: dict[str, list[str]] = {}
     for case in sorted(cases, key=lambda case: (_rank(seed, case), case)):
         for modality in cases[case]:

@@ -52,7 +52,7 @@ def verify(data: str, run: Callable[[Callable[[dict], dict], list[dict]], list[d
     census = Census(Tally())
     for fact in facts:
         census.add(fact)
-    census.settle(manifest["seed"], manifest["test_fraction"])
+    census.settle(manifest["seed"], manifest["test_fraction"], manifest.get("validation_fraction", 0.0))
     found = census.counts() | {"images": census.records}
     for key, value in found.items():
         if manifest[key] != value:

@@ -64,11 +64,16 @@ class Answerer:
         """Ray Data's batch of records to one row per sample with ``responses``."""
         records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
         answered = list(self.answer(records))
-        keys = ("sample", "image", "task", "question", "annotation", "responses")
+        keys = ("sample", "image", "task", "modality", "question", "annotation", "responses")
         return {key: [row[key] for row in answered] for key in keys}
 
-    def answer(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def answer(
+        self, records: Iterable[dict[str, Any]], seed: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """A row for each turn; ``seed``: in the place of the spec's."""
         from clinkd.data.ingest import decode, pngs
+
+        seed = self.spec.seed if seed is None else seed
 
         asked = []
         for record in records:
@@ -79,7 +84,7 @@ class Answerer:
                 asked.append((self._prompt(turn["question"], picture), picture, record, number, turn))
         asked.sort(key=lambda item: (len(item[0]), item[2]["id"], item[3]))
         for at in range(0, len(asked), self.spec.batch_size):
-            yield from self._answer_batch(asked[at : at + self.spec.batch_size])
+            yield from self._answer_batch(asked[at : at + self.spec.batch_size], seed)
 
     def _scores(self, record: dict[str, Any], images: list[Any]) -> list[Score]:
         """Of each of a record's questions; none where the model is not guided."""
@@ -95,7 +100,7 @@ class Answerer:
         tokens = (picture["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
         return encode(self.tokenizer, question, "", tokens)[0]
 
-    def _answer_batch(self, asked: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    def _answer_batch(self, asked: list[tuple[Any, ...]], seed: int) -> Iterator[dict[str, Any]]:
         import torch
 
         from clinkd.model.generate import generate_answers
@@ -117,11 +122,12 @@ class Answerer:
             torch.cat([own[record["id"]] for _, _, record, _, _ in asked]),
             max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
             temperature=self.spec.temperature, num_return_sequences=self.spec.candidates,
-            seed=self.spec.seed, **extra,
+            seed=seed, **extra,
         )  # fmt: skip
         for (_, _, record, _, turn), name, found in zip(asked, names, answers, strict=True):
             yield {
-                "sample": name, "image": record["image"], "task": turn["task"], "question": turn["question"],
+                "sample": name, "image": record["image"], "task": turn["task"],
+                "modality": record.get("modality", ""), "question": turn["question"],
                 "annotation": turn["answer"], "responses": found,
             }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 Decisions:
 - Prompts are padded on the left and continued with a KV cache by transformers' ``generate``.
-- Each distinct image passes the vision tower once, however many prompts ask about it and however many answers
-  each gets.
+- Each distinct image passes the vision tower once, however many prompts ask about it, and each prompt the
+  language model once, however many answers it gets: they share its keys and values.
 - Every sampling setting is given: a checkpoint's ``generation_config`` (Qwen2-VL's samples with top-k 1 and
   repetition penalty) must not change results behind the protocol's back.
 - A seed is set inside a fork of the random state: sampling does not disturb training's.
@@ -107,18 +107,8 @@ def generate_ids(
     if not len(prompts):
         return []
     device, repeat = model.device, num_return_sequences
-    rows = [(prompt, ()) for prompt in prompts for _ in range(repeat)]
-    batch = collate(rows, tokenizer.pad_token_id, side="left")
-    grid = image_grid_thw.to(device)
-    if relevance is not None:
-        merge = model.config.vision_config.spatial_merge_size
-        counts = (grid[index.to(device)].prod(-1) // merge**2).split(images)
-        pieces = relevance.reshape(-1).split([int(count.sum()) for count in counts])
-        relevance = torch.cat([piece for piece in pieces for _ in range(repeat)])
-    if alignment is not None:
-        alignment = alignment.to(device).repeat_interleave(repeat, dim=0)
-    # Each answer's images behind each other, as its prompt shows them.
-    shown = torch.cat([part for part in index.split(images) for _ in range(repeat)])
+    batch = collate([(prompt, ()) for prompt in prompts], tokenizer.pad_token_id, side="left")
+    asked: dict[str, Any] = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     training = model.training
     model.eval()
     try:
@@ -127,18 +117,17 @@ def generate_ids(
             if seed is not None:
                 torch.manual_seed(seed)
             outputs, grids = model.encode_images(
-                grid,
+                image_grid_thw.to(device),
                 None if pixel_values is None else pixel_values.to(device),
                 image_features,
-                image_index=shown,
+                image_index=index,
             )
+            asked |= {
+                "image_grid_thw": grids, "mm_encoder_outputs": outputs, "relevance": relevance,
+                "alignment": None if alignment is None else alignment.to(device),
+            }  # fmt: skip
             written = model.generate(  # type: ignore[misc]
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                image_grid_thw=grids,
-                mm_encoder_outputs=outputs,
-                alignment=alignment,
-                relevance=relevance,
+                **(asked if repeat == 1 else _shared(model, asked, repeat)),
                 generation_config=_settings(tokenizer, max_new_tokens, do_sample, temperature, banned),
             )
     finally:
@@ -147,6 +136,21 @@ def generate_ids(
     end = tokenizer.convert_tokens_to_ids(IM_END)
     answers = [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
+
+
+def _shared(model: GuidedModel, asked: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """``generate``'s arguments for ``repeat`` answers to each prompt, which is read once."""
+    ids, mask = asked["input_ids"], asked["attention_mask"]
+    before = asked | {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+    cache = model.model(**before, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(repeat)
+    deltas = model.model.rope_deltas  # from positions to lengths: the same with the last token, which is text
+    model.model.rope_deltas = deltas.repeat_interleave(repeat, dim=0)
+    return {
+        "input_ids": ids.repeat_interleave(repeat, dim=0),
+        "attention_mask": mask.repeat_interleave(repeat, dim=0),
+        "past_key_values": cache,
+    }
 
 
 def _settings(

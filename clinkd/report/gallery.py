@@ -49,7 +49,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Correction:
-    """One row of the feedback: what was wrong, the candidates, and what was chosen instead."""
+    """One row of the feedback: what was wrong, the candidates, what was chosen, and what is said after.
+
+    ``mended``: whether the judge finds ``after`` right; both None where it was not asked.
+    """
 
     sample: str
     task: str
@@ -61,6 +64,8 @@ class Correction:
     score_wrong: float | None
     chosen: str
     source: str
+    after: str | None
+    mended: bool | None
     candidates: tuple[Mapping[str, Any], ...]
     left_out: int
     picture: str | None = None
@@ -229,6 +234,8 @@ def corrections(
         marks += [Mark(box, "answer", "wrong") for box in answer_boxes(texts["wrong"])]
         if source == "candidate":
             marks += [Mark(box, "chosen", "chosen") for box in answer_boxes(chosen)]
+        after = answer_text(row["after"]) if row.get("after") is not None else None
+        marks += [Mark(box, "after", "after") for box in answer_boxes(after or "")]
         picture, problem = _picture(texts["image"], marks[:24], images, budget)
         ordered = sorted(_candidates(row), key=lambda item: -(number(item.get("score")) or 0.0))
         made.append(
@@ -238,6 +245,8 @@ def corrections(
                 score_wrong=number(row.get("score_wrong")),
                 chosen=clip(chosen),
                 source=source,
+                after=None if after is None else clip(after),
+                mended=row.get("mended"),
                 candidates=tuple(_candidate(item, chosen, source) for item in ordered[:MOST_CANDIDATES]),
                 left_out=max(0, len(ordered) - MOST_CANDIDATES),
                 picture=picture,

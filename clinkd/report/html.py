@@ -27,7 +27,7 @@ from markupsafe import Markup, escape
 
 from clinkd.data.boxes import from_qwen
 from clinkd.data.records import TASK_NAMES
-from clinkd.report import gallery, guide, plots, tables
+from clinkd.report import gallery, guide, plots, rounds, tables
 from clinkd.report.overlays import Budget, heat_legend
 from clinkd.report.positions import Guidance
 from clinkd.report.throughput import throughput
@@ -62,7 +62,9 @@ class ReportInputs:
         evaluation: eval.json.
         metrics: rows of metrics.jsonl.
         predictions: rows with sample, task, image, question, annotation and response.
-        feedback: rows of feedback.parquet; ``round`` is read where a row has it, else all count as round 1.
+        feedback: rows of feedback.parquet; ``round`` is read where a row has it, else all count as round 1;
+            ``after`` and ``mended``: what the student says after the round, and whether it is right.
+        reflection: the stage's account, rounds.json.
         images: gives the bytes of those of the named images that exist.
         config: the run's configuration, YAML text.
         versions: software and versions.
@@ -83,6 +85,7 @@ class ReportInputs:
     metrics: Sequence[Mapping[str, Any]] = ()
     predictions: Sequence[Mapping[str, Any]] = ()
     feedback: Sequence[Mapping[str, Any]] = ()
+    reflection: Mapping[str, Any] = field(default_factory=dict)
     images: gallery.Images = lambda names: {}
     config: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -201,6 +204,9 @@ def _pictures(run: ReportInputs) -> dict[str, Any]:
     return {
         "corrections": gallery.corrections(rows, images, feedback_budget),
         "rounds": gallery.reflection_rounds(run.feedback)[:MOST_ROWS],
+        "outcomes": rounds.outcomes(run.reflection)[:MOST_ROWS],
+        "by_reason": rounds.by_reason(run.reflection),
+        "by_group": rounds.by_group(run.reflection)[:MOST_ROWS],
         "events": [_event(row) for row in events[:MOST_ROWS]],
         "gallery": gallery.pictured(cards, images, gallery_budget),
         "refused": feedback_budget.refused + gallery_budget.refused,

@@ -29,6 +29,7 @@ MAX_UPSCALE = 4.0
 STYLES = {
     "truth": ((64, 220, 110), False), "answer": ((255, 120, 40), True),
     "chosen": ((90, 170, 255), True), "asked": ((255, 225, 80), False),
+    "after": ((240, 120, 240), True),
 }  # fmt: skip
 """Kind of mark: colour and whether it is dashed."""
 # Relevance 0 to 1: from dark blue over red to light yellow, and how much of the image it covers.

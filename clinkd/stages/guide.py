@@ -40,6 +40,8 @@ def guide(run: Run) -> Artifact:
         "path": config.teacher.path, "vision": config.model.vision.model_dump(),
         "vocab_size": config.model.vocab_size, "seed": config.run.seed,
     } | pixel_limits(config)  # fmt: skip
+    if config.teacher.exercises:  # their words are in the tokenizer
+        settings["exercises"] = True
     if config.guide.path:
         settings["encoder"] = content_digest(Path(config.guide.path))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from clinkd.stages.models import pixel_limits, teacher_folder
 from clinkd.stages.training import share_of, turn_counts
 
 if TYPE_CHECKING:
-    from clinkd.distill.forms import Form
     from clinkd.distill.labeller import LabelSpec
 
 MEASURED = 1000
@@ -43,29 +43,52 @@ def label(run: Run) -> Artifact:
         settings["student"] = run.config.model.path
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.distill.teacher_cache import Store, write_index
+        from clinkd.data.ingest import read_records
 
         model = teacher_folder(run)
-        config = json.loads((model / "config.json").read_text())
-        spec = _spec(run, model, config)
+        spec = _spec(run, model)
         turns = turn_counts(run)
         chosen = share_of(list(turns), options.share, run.config.run.seed)
         total = sum(turns[record] for record in chosen)
-        store = Store(spec.root, spec.key)
-        _forecast(run, model, store, spec.form, _width(config), total)
-        store.open(_head(model) if spec.form.name != "topk" else None, _about(spec))
-        samples, passes = _ask(run, spec, chosen, total)
-        table = write_index(draft.path, [sample[:3] for sample in samples], store, spec.form)
+        _forecast(run, model, spec, total)
+        rows = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks)
+        samples, passes = _ask(run, spec, rows, "label", total)
+        table = _keep(spec, samples, draft.path)
         return _counts(run, table, sum(sample[3] for sample in samples), passes)
 
     return run.stage("label", ["prepare", "teacher"], settings, make, version=2)
 
 
-def _spec(run: Run, model: Path, config: dict[str, Any]) -> LabelSpec:
+def states_along_truth(run: Run, model: Path, records: list[dict[str, Any]], out: Path, title: str) -> int:
+    """What ``model`` says along the answers of ``records`` of one turn each, as a list that ``TeacherCache``
+    reads; its samples are named as the records are. What the store has is not asked again.
+
+    Returns:
+        How often the model ran.
+    """
+    import ray.data
+
+    out.mkdir(parents=True, exist_ok=True)
+    spec = replace(_spec(run, model), hidden_share=0.0)
+    rows = ray.data.from_items(records, override_num_blocks=min(run.blocks, len(records)))
+    samples, passes = _ask(run, spec, rows, title, len(records))
+    _keep(spec, [(sample[0].removesuffix("#0"), *sample[1:]) for sample in samples], out)
+    return passes
+
+
+def _keep(spec: LabelSpec, samples: list[tuple[str, str, str, bool]], out: Path) -> Any:
+    """Writes the list of the samples; returns its table."""
+    from clinkd.distill.teacher_cache import Store, write_index
+
+    return write_index(out, [sample[:3] for sample in samples], Store(spec.root, spec.key), spec.form)
+
+
+def _spec(run: Run, model: Path) -> LabelSpec:
     from clinkd.distill.forms import Form
     from clinkd.distill.labeller import LabelSpec
     from clinkd.distill.teacher_cache import teacher_key
 
+    config = _config(model)
     options, cache = run.config.distill, run.config.distill.cache
     try:
         exact = cache.form != "topk"
@@ -84,6 +107,10 @@ def _spec(run: Run, model: Path, config: dict[str, Any]) -> LabelSpec:
     )  # fmt: skip
 
 
+def _config(model: Path) -> dict[str, Any]:
+    return dict(json.loads((model / "config.json").read_text()))
+
+
 def _root(run: Run) -> str:
     given = run.config.distill.cache.root or Path(run.config.run.root) / "teacher-cache"
     return str(storage.absolute(storage.locate(given)))
@@ -92,10 +119,6 @@ def _root(run: Run) -> str:
 def _text(config: dict[str, Any], key: str) -> int:
     """A number of a model's config.json that stands in its text part, or beside it in older folders."""
     return int(config.get("text_config", {}).get(key) or config[key])
-
-
-def _width(config: dict[str, Any]) -> int:
-    return _text(config, "hidden_size")
 
 
 def _vocabulary(run: Run, teacher: dict[str, Any]) -> int:
@@ -120,7 +143,7 @@ def _head(model: Path) -> Any:
     return load_model(model).lm_head.weight
 
 
-def _forecast(run: Run, model: Path, store: Any, form: Form, width: int, total: int) -> None:
+def _forecast(run: Run, model: Path, spec: LabelSpec, total: int) -> None:
     """Says how large the rows will be, reckoned from some of the answers.
 
     Raises:
@@ -128,7 +151,9 @@ def _forecast(run: Run, model: Path, store: Any, form: Form, width: int, total: 
     """
     from clinkd.data.shards import samples
     from clinkd.distill.labeller import answer_tokens
+    from clinkd.distill.teacher_cache import Store
 
+    store, form, width = Store(spec.root, spec.key), spec.form, _text(_config(model), "hidden_size")
     texts = [item["answer"] for item in samples(run.done["prepare"].path, "train")]
     some = texts[:: max(1, len(texts) // MEASURED)]
     tokens = round(answer_tokens(model, some) / len(some) * total)
@@ -158,18 +183,20 @@ def _readable(size: float) -> str:
 
 
 def _ask(
-    run: Run, spec: LabelSpec, chosen: list[str], total: int
+    run: Run, spec: LabelSpec, rows: Any, title: str, total: int
 ) -> tuple[list[tuple[str, str, str, bool]], int]:
-    """(sample, task, key, new) of all samples, and how often the teacher ran."""
+    """(sample, task, key, new) of all turns of ``rows``, and how often the teacher ran."""
     import ray.data
 
-    from clinkd.data.ingest import read_records
     from clinkd.distill.labeller import Labeller
+    from clinkd.distill.teacher_cache import Store
 
+    exact = spec.form.name != "topk"
+    Store(spec.root, spec.key).open(_head(Path(spec.model)) if exact else None, _about(spec))
     compute = run.config.compute
     gpus = compute.workers * compute.gpus_per_worker / compute.actors
-    run.progress.start("label", total)
-    labelled = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks).map_batches(
+    run.progress.start(title, total)
+    labelled = rows.map_batches(
         Labeller, fn_constructor_args=(spec,), batch_size=32, num_cpus=0.5, num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=compute.actors),
     )  # fmt: skip

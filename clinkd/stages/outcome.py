@@ -21,6 +21,7 @@ from clinkd.stages import certificate
 from clinkd.stages.base import Run, write_whole
 from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
+from clinkd.stages.reflection import ROUNDS, right_now
 
 GUIDE = "guide"  # the guide's folder in the kept model's
 
@@ -115,6 +116,7 @@ def report(run: Run) -> Path:
             sorted(path for item in run.done.values() for path in item.path.rglob("metrics.jsonl"))
         ),
         feedback=_feedback(run),
+        reflection=_account(run),
         guide=json.loads((run.done["guide"].path / "retrieval.json").read_text()),
         guide_samples=guide_samples(run),
         guidance=run.config.rope.model_dump(),
@@ -134,18 +136,30 @@ def _lines(paths: list[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
 
 
+def _account(run: Run) -> dict[str, Any]:
+    """What the rounds of reflection came to; empty where there were none."""
+    if "reflect" not in run.done:
+        return {}
+    return dict(json.loads((run.done["reflect"].path / ROUNDS).read_text()))
+
+
 def _feedback(run: Run) -> list[dict[str, Any]]:
-    """What every round of reflection kept, the round's number beside it."""
+    """What every round of reflection kept, with its number and what the student said after it."""
     import pyarrow.parquet as pq
 
     if "reflect" not in run.done:
         return []
-    paths = sorted(run.done["reflect"].path.glob("round-*/feedback.parquet"))
-    return [
-        row | {"round": int(path.parent.name.removeprefix("round-"))}
-        for path in paths
-        for row in pq.read_table(path).to_pylist()
-    ]
+    found = []
+    for path in sorted(run.done["reflect"].path.glob("round-*/feedback.parquet")):
+        number = int(path.parent.name.removeprefix("round-"))
+        said = {row["sample"]: row for row in _lines(sorted(path.parent.glob("after/part-*.jsonl")))}
+        rows = pq.read_table(path).to_pylist()
+        mended = right_now(run, [said[row["sample"]] for row in rows])
+        for row in rows:
+            name = row["sample"]
+            now = {"after": said[name]["responses"][0], "mended": mended[name]}
+            found.append(row | {"round": number} | now)
+    return found
 
 
 def keep_model(run: Run, stage: str) -> None:

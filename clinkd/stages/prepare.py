@@ -32,6 +32,7 @@ def prepare(run: Run) -> Artifact:
             images=data.images,
             seed=run.config.run.seed,
             test_fraction=data.test_fraction,
+            validation_fraction=data.validation_fraction,
             images_per_shard=data.records_per_shard,
             limits=Limits(max_pixels=data.max_pixels),
             progress=lambda _, done, total: run.progress.update(done, total=total),

@@ -49,7 +49,7 @@ def teacher(run: Run) -> Artifact:
     } | streamed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.tasks import SupervisedTask
+        from clinkd.train.reflect_task import TeacherTask
 
         zero = compute.zero_stage if compute.teacher_zero_stage is None else compute.teacher_zero_stage
         start = run.done["guide"].path / "model"
@@ -61,7 +61,9 @@ def teacher(run: Run) -> Artifact:
             return train_streamed(run, draft, "teacher", optim, zero, spec)
         return train(
             run, draft, "teacher", optim, zero,
-            lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
+            lambda rows, scratch: TeacherTask(
+                rows, scratch, spec, config.teacher.exercises, config.run.seed, zero
+            ),
         )  # fmt: skip
 
     return run.stage("teacher", ["prepare", "guide"], settings, make)

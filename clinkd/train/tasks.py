@@ -10,12 +10,11 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -162,12 +161,16 @@ class SupervisedTask:
             self._encoded[record, turn] = encode(self.tokenizer, asked["question"], answer, tokens)
         return self._encoded[record, turn]
 
+    def row(self, record: int, turn: int, step: int) -> tuple[list[int], list[int]]:
+        """Prompt and answer ids that stand in the batch of a step for a turn."""
+        return self.encoded(record, turn)
+
     def answer(self, record: int, turn: int) -> str:
         """What the model is to say."""
         return str(self.table.turns(record)[turn]["answer"])
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        rows = [self.encoded(record, turn) for record, turns in groups for turn in turns]
+        rows = [self.row(record, turn, step) for record, turns in groups for turn in turns]
         names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         guided = self.spec.guidance.guided
@@ -225,42 +228,3 @@ class SupervisedTask:
         model.load_state_dict({name: own[name] for name in trained_weights(model)}, strict=False)
         save_adapter(model, self.spec.lora, self.spec.model, self.spec.train_vision, out)
         merge_adapters(model)
-
-
-class ReflectTask(SupervisedTask):
-    """The full training data with a share of feedback: turns whose answer the selection chose.
-
-    A group of the ledger is, with probability ``share``, replaced by one that feedback is about; the
-    others keep what was right right.
-    """
-
-    def __init__(
-        self,
-        rows: Any,
-        scratch: Path,
-        spec: VqaSpec,
-        feedback: Mapping[str, str],
-        share: float,
-        zero_stage: int = 0,
-    ) -> None:
-        super().__init__(rows, scratch, spec, zero_stage)
-        self.feedback, self.share = dict(feedback), share if feedback else 0.0
-        at = {record: index for index, record in enumerate(self.ids)}
-        turns: dict[int, list[int]] = {}
-        for name in sorted(self.feedback):
-            record, _, turn = name.rpartition("#")
-            turns.setdefault(at[record], []).append(int(turn))
-        self.groups: list[Group] = [(record, tuple(found)) for record, found in sorted(turns.items())]
-
-    def answer(self, record: int, turn: int) -> str:
-        name = sample_id(self.ids[record], turn)
-        return self.feedback[name] if name in self.feedback else super().answer(record, turn)
-
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        # Seeded by what the ledger dealt, so a resumed run draws the same.
-        rng = np.random.default_rng([step, *(record for record, _ in groups)])
-        mixed = [
-            self.groups[int(rng.integers(len(self.groups)))] if rng.random() < self.share else group
-            for group in groups
-        ]
-        return super().batch(mixed, step, total)

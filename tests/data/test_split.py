@@ -48,6 +48,20 @@ def test_another_seed_is_another_split_and_no_fraction_no_test() -> None:
     assert set(assign(cases, seed=0, test_fraction=0.0).values()) == {"train"}
 
 
+def test_validation_comes_out_of_what_test_leaves() -> None:
+    cases = {f"case {n}": {f"modality {n % 4}"} for n in range(1000)}
+    without = assign(cases, seed=0, test_fraction=0.2)
+    split = assign(cases, seed=0, test_fraction=0.2, validation_fraction=0.1)
+    counts = Counter(split.values())
+    assert counts == {"train": 700, "validation": 100, "test": 200}
+    assert all(split[case] == "test" for case, side in without.items() if side == "test")
+    for modality in range(4):
+        sides = {split[case] for case, kinds in cases.items() if f"modality {modality}" in kinds}
+        assert sides == {"train", "validation", "test"}
+    two = assign({"a": {"ct"}, "b": {"ct"}}, seed=0, test_fraction=0.1, validation_fraction=0.5)
+    assert sorted(two.values()) == ["test", "train"]  # nothing is left to choose by
+
+
 def test_a_case_keeps_its_place_in_the_order_when_others_join() -> None:
     cases = {f"case {n}": {"ct"} for n in range(100)}
     few = assign(cases, seed=0, test_fraction=0.2)

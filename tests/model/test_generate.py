@@ -101,6 +101,29 @@ def test_several_sampled_answers_repeat_with_their_seed_and_leave_the_random_sta
     assert passes == [48] * 3 and model.training and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("mode", ["none", "pair", "patch"])
+def test_answers_that_share_their_prompt_are_those_of_prompts_asked_several_times(tokenizer, images, mode):
+    pixels, grid, index = images
+    model = make(tokenizer, RopeGuidance(1.37, 2.61, 0.33, 0.71, 0.0 if mode == "none" else 0.9, mode))
+    alignment, options = torch.tensor([[0.1], [0.55], [0.93]]), {"do_sample": True, "seed": 4}
+    read = []
+    model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, out: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    shared = generate_answers(
+        model, tokenizer, prompts(tokenizer), pixels, grid, index, max_new_tokens=9, num_return_sequences=3,
+        alignment=alignment, relevance=RELEVANT, **options,
+    )  # fmt: skip
+    assert read[0][0] == 3 and {tuple(shape) for shape in read[1:]} == {(9, 1)}  # each prompt was read once
+    thrice = [prompt for prompt in prompts(tokenizer) for _ in range(3)]
+    apart = generate_answers(
+        model, tokenizer, thrice, pixels, grid, index.repeat_interleave(3), max_new_tokens=9,
+        alignment=alignment.repeat_interleave(3, dim=0),
+        relevance=torch.cat([part for part in RELEVANT.split(6) for _ in range(3)]), **options,
+    )  # fmt: skip
+    assert [text for row in shared for text in row] == [text for (text,) in apart]
+
+
 def test_the_checkpoints_own_generation_settings_do_not_count(tokenizer, images):
     model = make(tokenizer, RopeGuidance())
     plain = generate_answers(model, tokenizer, prompts(tokenizer), *images, max_new_tokens=10)

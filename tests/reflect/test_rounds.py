@@ -8,16 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinkd.config import ReflectSection
-from clinkd.reflect.rounds import choose, choose_records, correction_records, misses, write_feedback
+from clinkd.reflect import rounds
+from clinkd.reflect.rounds import choose_records
 from clinkd.reflect.similarity import RougeSimilarity
 
+MODELS = {"student": "s", "corrector": "c"}
 NEAR, FAR = "<box>(100,100),(200,200)</box>", "<box>(700,700),(800,800)</box>"
 
 
 def row(name: str, response: str, *, task: str = "vg", truth: str = f"The liver is at {NEAR}.") -> dict:
     question = "Where is the liver?" if task == "vg" else f"What is at the {NEAR}?"
     return {
-        "sample": f"{name}#0", "image": f"{name}.png", "task": task, "question": question,
+        "sample": f"{name}#0", "image": f"{name}.png", "task": task, "modality": "ct", "question": question,
         "annotation": truth, "responses": [response],
     }  # fmt: skip
 
@@ -37,21 +39,79 @@ def test_rounds_ask_about_different_records() -> None:
     assert choose_records(turns, 10, 0, 1) != choose_records(turns, 10, 0, 2)
 
 
-def test_misses_are_counted_by_reason_and_the_worst_come_first() -> None:
-    answered = [
-        row("a", f"The liver is at {NEAR}."),
-        row("b", f"The liver is at {FAR}."),
-        row("c", "I see."),
-        row("d", "Right kidney", task="roc", truth="Left kidney"),
-    ]
-    wrong, reasons = misses(answered, RougeSimilarity(), ReflectSection(budget=2))
-    assert reasons == {"low_iou": 1, "no_box": 1, "laterality": 1}
-    assert len(wrong) == 2 and wrong[0][1].score <= wrong[1][1].score
+ANSWERED = [
+    row("a", f"The liver is at {NEAR}."),
+    row("b", f"The liver is at {FAR}."),
+    row("c", "I see."),
+    row("d", "Right kidney", task="roc", truth="Left kidney") | {"modality": "mr"},
+]
+
+
+def verdicts(answered: list[dict]) -> list:
+    return rounds.judged(answered, RougeSimilarity(), ReflectSection())
+
+
+def misses(answered: list[dict], budget: int = 9) -> list:
+    return rounds.worst(answered, verdicts(answered), budget)
+
+
+def test_the_worst_misses_come_first_within_the_budget() -> None:
+    wrong = misses(ANSWERED)
+    scores = [verdict.score for _, verdict in wrong]
+    assert len(wrong) == 3 and scores == sorted(scores)
+    assert misses(ANSWERED, budget=2) == wrong[:2]
+
+
+def test_answers_are_counted_by_reason_task_and_modality_and_add_up() -> None:
+    found = rounds.tally(ANSWERED, verdicts(ANSWERED))
+    assert found["reasons"] == {"laterality": 1, "low_iou": 1, "no_box": 1}
+    assert (found["answered"], found["wrong"], found["error_rate"]) == (4, 3, 0.75)
+    for group in ("by_task", "by_modality"):
+        assert sum(part["answered"] for part in found[group].values()) == 4
+        assert sum(part["wrong"] for part in found[group].values()) == 3
+    assert found["by_modality"]["mr"]["reasons"] == {"laterality": 1}
+    assert rounds.tally([], []) == {
+        "answered": 0, "wrong": 0, "error_rate": None, "reasons": {}, "by_task": {}, "by_modality": {},
+    }  # fmt: skip
+
+
+def test_what_was_fixed_and_what_broke_is_counted() -> None:
+    was = rounds.right(ANSWERED, verdicts(ANSWERED))
+    assert was == {"a#0": True, "b#0": False, "c#0": False, "d#0": False}
+    after = [ANSWERED[0] | {"responses": ["I see."]}, ANSWERED[1] | {"responses": [NEAR]}, *ANSWERED[2:]]
+    found = rounds.tally(after, verdicts(after), was)
+    assert (found["fixed"], found["broke"], found["wrong"]) == (1, 1, 3)
+    assert found["by_task"]["roc"]["fixed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("errors", "best", "over"),
+    [
+        ([0.5], 0, False),
+        ([0.5, 0.4], 1, False),
+        ([0.5, 0.4, 0.4], 1, True),  # no fewer errors is no gain
+        ([0.5, 0.6], 0, True),
+        ([0.5, 0.6, 0.3], 2, False),
+        ([None, None, None], 2, False),  # nothing to validate with: all rounds, the last one is kept
+    ],
+)
+def test_rounds_end_without_a_gain_and_the_best_is_kept(errors, best, over) -> None:
+    assert rounds.best_round(errors) == best
+    assert rounds.finished(errors, patience=1) == over
+    assert not rounds.finished(errors, patience=3)
+
+
+def test_a_round_says_before_how_much_it_generates() -> None:
+    options = ReflectSection(samples=100, budget=30, candidates=4, rounds=2)
+    assert rounds.generations(options, 50) == {"student": 250, "corrector": 120, "whole": 790}
+    assert rounds.generations(options.model_copy(update={"budget": 999}), 0)["corrector"] == 400
+    assert rounds.generations(options.model_copy(update={"target": "distribution"}), 0)["corrector"] == 0
+    assert rounds.generations(options.model_copy(update={"rounds": 0}), 50)["whole"] == 0
 
 
 def test_the_corrector_sees_question_truth_and_wrong_answer() -> None:
-    wrong, _ = misses([row("b", f"It is at {FAR}.")], RougeSimilarity(), ReflectSection())
-    (record,) = correction_records(wrong, {"b": [b"png", b"other"]})
+    wrong = misses([row("b", f"It is at {FAR}.")])
+    (record,) = rounds.correction_records(wrong, {"b": [b"png", b"other"]})
     prompt = record["turns"][0]["question"]
     assert record["id"] == "b#0" and (record["png"], record["more_png"]) == (b"png", [b"other"])
     assert all(part in prompt for part in ("Where is the liver?", NEAR, FAR))
@@ -67,9 +127,12 @@ def test_the_corrector_sees_question_truth_and_wrong_answer() -> None:
     ],
 )
 def test_feedback_keeps_every_candidate_and_what_was_chosen(tmp_path: Path, candidates, source) -> None:
-    wrong, _ = misses([row("b", f"It is at {FAR}.")], RougeSimilarity(), ReflectSection())
-    rows = choose(wrong, {"b#0": candidates}, RougeSimilarity(), ReflectSection(floor=0.4))
-    write_feedback(rows, tmp_path / "feedback.parquet")
+    wrong = misses([row("b", f"It is at {FAR}.")])
+    rows = rounds.choose(
+        wrong, {"b#0": candidates}, RougeSimilarity(), ReflectSection(floor=0.4), MODELS
+    )
+    rounds.write_feedback(rows, tmp_path / "feedback.parquet")
     (kept,) = pq.read_table(tmp_path / "feedback.parquet").to_pylist()
     assert kept["source"] == source and len(kept["candidates"]) == len(candidates)
     assert kept["chosen"] == (candidates[0] if source == "candidate" else f"The liver is at {NEAR}.")
+    assert (kept["student_hash"], kept["corrector_hash"], len(kept["prompt_hash"])) == ("s", "c", 16)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinkd.data.boxes import parse_boxes, to_qwen
-from clinkd.reflect.prompts import MAX_WRONG, correction_prompt
+from clinkd.data.correction import MAX_WRONG, correction_prompt, elaborated
 
 QUESTION = "Where is the liver located in the image?"
 TRUTH = "The liver is located at the <box>(100,100),(300,300)</box>."
@@ -40,3 +40,12 @@ def test_whatever_the_model_said_tags_stay_paired_and_nothing_ends_the_turn(wron
     assert prompt.count("<box>") == prompt.count("</box>")
     assert "<|im_end|>" not in to_qwen(prompt)
     assert to_qwen(prompt).count("<|") == 2 * prompt.count("<box>") + prompt.replace("<|box", "").count("<|")
+
+
+def test_a_truth_is_elaborated_with_where_its_one_box_lies() -> None:
+    assert elaborated("vg", QUESTION, TRUTH) == f"In the upper left of the image: {TRUTH}"
+    asked = "What is present at the <box>(700,700),(900,900)</box>?"
+    assert elaborated("roc", asked, "Left kidney") == "Left kidney, in the lower right of the image"
+    assert elaborated("rc", asked, "This region contains the liver.") is None
+    assert elaborated("vg", QUESTION, "At <box>(1,1),(2,2)</box> and <box>(3,3),(4,4)</box>.") is None
+    assert elaborated("roc", asked, "Left kidney, in the lower right of the image") is None

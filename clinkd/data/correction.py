@@ -1,4 +1,4 @@
-"""What the corrector is told.
+"""What the corrector is told, and exercises for a corrector that is trained here.
 
 Decisions:
 - What stays the same from round to round (question, truth) comes first, what changes last, so that a prefix
@@ -6,13 +6,16 @@ Decisions:
 - Boxes of question and truth stay as they are; the wrong answer may be anything the model produced, so
   control tokens are taken out (one of them would end the corrector's turn) and a loop is cut short.
 - The instructions hold no tag themselves: every ``<box>`` of the prompt is a box.
+- A good correction keeps the truth and adds what helps to see it. What follows from a truth's box alone is
+  the part of the image it lies in, so that is what an exercise asks a small corrector to add.
 """
 
 from __future__ import annotations
 
 import re
 
-from clinkd.data.boxes import from_qwen
+from clinkd.data.boxes import from_qwen, parse_boxes
+from clinkd.data.templates import place
 
 MAX_WRONG = 400  # characters of the wrong answer that are shown
 
@@ -30,6 +33,19 @@ def correction_prompt(question: str, truth: str, wrong: str) -> str:
         "Look at the image and answer the question in full, in your own words. Keep the facts, sides and "
         "coordinates of what is true, and do not mention the first answer."
     )
+
+
+def elaborated(task: str, question: str, truth: str) -> str | None:
+    """``truth`` with the part of the image that its one box lies in; None where nothing is to be added."""
+    boxes = parse_boxes(truth if task == "vg" else question, strict=False)
+    if len(boxes) != 1 or task not in ("vg", "roc"):
+        return None
+    where = f"the {place(boxes[0])} of the image"
+    if where in truth:
+        return None
+    if task == "roc":
+        return f"{truth.strip().rstrip('.')}, in {where}"
+    return f"In {where}: {truth.strip()}"
 
 
 def _shown(wrong: str) -> str:
