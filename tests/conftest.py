@@ -6,8 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from small_run import CONFIG, SMALL, clinkd
 
 # For the S3 server on loopback; set before Ray starts, whose workers inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
@@ -31,3 +33,12 @@ def ray_session() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small finished run, guided by pair; for slow tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = clinkd(folder, "run", str(CONFIG), *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder

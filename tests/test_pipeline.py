@@ -5,40 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_run import CONFIG, SMALL, clinkd, lines, start
 
 pytestmark = pytest.mark.slow
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
-SMALL = [
-    "data.phantoms=48", "data.test_fraction=0.34", "guide.steps=4", "sft.steps=4", "rope.gamma=0.5",
-    "distill.optim.steps=4",
-    "reflect.optim.steps=4",     "reflect.samples=12", "reflect.budget=4", "reflect.candidates=2",
-    "reflect.similarity=rouge",
-    "evaluate.text_metrics=false", "evaluate.max_new_tokens=12", "compute.checkpoint_every=2",
-]  # fmt: skip
-
-
-def clinkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-m", "clinkd", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run, guided by pair."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = clinkd(folder, "run", str(CONFIG), *SMALL)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> None:
@@ -142,10 +117,6 @@ def positions(runs: Path, name: str, mode: str) -> tuple[list[torch.Tensor], lis
     return found
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -167,11 +138,7 @@ def test_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None
     changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0"]
     arguments = ["run", str(CONFIG), *SMALL, *changes]
     before = set((finished / "runs" / "artifacts").glob("distill-*"))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    first = subprocess.Popen(
-        [sys.executable, "-m", "clinkd", *arguments], cwd=finished, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    first = start(finished, *arguments)
     reached = wait_for_step(finished / "runs" / "artifacts", 10, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from faulty_s3 import BUCKET, faulty_s3
+from phantom_rows import as_batch, phantom_row
 
 from clinkd import storage
-from clinkd.data.ingest import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.distill.forms import Form
 from clinkd.distill.labeller import Labeller, LabelSpec
@@ -27,19 +26,7 @@ SPEC = PhantomSpec(5, size=56)
 
 
 def row(number: int, untrusted: bool = False) -> dict[str, Any]:
-    """A phantom as a row of a shard."""
-    image, record = draw(SPEC, number)
-    buffer = io.BytesIO()
-    decode(image).save(buffer, "PNG")
-    turns = [
-        {"task": turn.task, "question": turn.question, "answer": turn.answer, "trusted": not untrusted}
-        for turn in record.turns
-    ]
-    return {"id": f"p{number}", "png": buffer.getvalue(), "more_png": [], "turns": turns}
-
-
-def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [one[key] for one in rows] for key in rows[0]}
+    return phantom_row(SPEC, number, trusted=not untrusted)
 
 
 @pytest.fixture(scope="module")

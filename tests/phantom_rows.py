@@ -1,0 +1,40 @@
+"""Phantoms as rows of a shard, for tests that need neither Ray nor a disk."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from clinkd.data.ingest import decode
+from clinkd.data.phantoms import PhantomSpec, draw
+
+
+def phantom_row(spec: PhantomSpec, number: int, trusted: bool = True) -> dict[str, Any]:
+    """The record ``p<number>``, its image as PNG."""
+    image, record = draw(spec, number)
+    buffer = io.BytesIO()
+    decode(image).save(buffer, "PNG")
+    turns = [
+        {"task": turn.task, "question": turn.question, "answer": turn.answer, "trusted": trusted}
+        for turn in record.turns
+    ]
+    shown = {"id": f"p{number}", "image": f"p{number}.png", "modality": record.modality}
+    return shown | {"png": buffer.getvalue(), "more_png": [], "turns": turns}
+
+
+def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """As Ray Data hands rows to an actor."""
+    return {key: [one[key] for one in rows] for key in rows[0]}
+
+
+class Rows:
+    """Rows as a training worker is dealt them, without Ray."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.table = pa.Table.from_pylist(rows)
+
+    def iter_batches(self, **_: Any) -> Iterator[Any]:
+        yield self.table
