@@ -93,6 +93,20 @@ def config(
     typer.echo(to_yaml(load_config(path, overrides)), nl=False)
 
 
+def plan(
+    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+) -> None:
+    """Say what a run will do: steps of each stage, and how many answers reflection generates.
+
+    Example: clinkd plan configs/tiny.yaml reflect.rounds=3 reflect.candidates=8
+    """
+    from clinkd.config import load_config
+    from clinkd.ops.plan import plan as told
+
+    typer.echo(told(load_config(path, overrides)))
+
+
 def run(
     path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. run.name=mine."),
@@ -220,6 +234,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     sweep,
     report,
     certify,
+    plan,
     cli_data.validate,
     config,
 )

@@ -13,6 +13,7 @@ import pytest
 from clinkd import cli, cli_data, cluster
 from clinkd.config import ConfigError, RunConfig, read_yaml
 
+TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 VG_ROWS = Path(__file__).parent / "golden" / "evaluation" / "vg.jsonl"
 
 
@@ -237,3 +238,14 @@ def test_a_loss_that_is_wrong_is_1_and_stops_the_run(capsys, tmp_path: Path, mon
     with pytest.raises(CertificateError, match="nothing was trained"):
         stamp(RunConfig(), tmp_path)
     assert json.loads((tmp_path / "certificate.json").read_text())["ok"] is False
+
+
+def test_plan_says_what_reflection_generates(capsys) -> None:
+    changes = ["reflect.rounds=2", "reflect.samples=100", "reflect.budget=30", "reflect.candidates=5"]
+    code, out, _ = run(capsys, "plan", TINY, *changes, "reflect.validation=50")
+    assert code == 0
+    assert "at most 250 answers of the student" in out and "150 candidates" in out
+    assert "at most 850 answers in 2 rounds" in out
+    stages = [line.split()[0] for line in out.splitlines()[1:5]]
+    assert stages == ["teacher", "distill", "reflect-1", "reflect-2"]
+    assert "generates" not in run(capsys, "plan", TINY, "reflect.rounds=0")[1]
