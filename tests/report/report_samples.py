@@ -87,6 +87,8 @@ def feedback_of(rows: Iterable[dict[str, Any]], rng: np.random.Generator) -> lis
                 "chosen": best["text"] if best else truth,
                 "source": "candidate" if best else "truth",
                 "round": 1 + len(found) % 2,
+                "after": best["text"] if best else wrong,
+                "mended": best is not None,
             }
         )
     return found
@@ -188,6 +190,31 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+def counted(answered: int, reasons: dict[str, int], **more: Any) -> dict[str, Any]:
+    """Answers counted as the stage reflect does."""
+    wrong = sum(reasons.values())
+    found = {"answered": answered, "wrong": wrong, "error_rate": wrong / answered, "reasons": reasons}
+    return found | more
+
+
+def account() -> dict[str, Any]:
+    """Two rounds, of which the first is kept."""
+    rounds = []
+    for low_iou in (30, 34):
+        groups = {
+            kind: {name: counted(60, {"low_iou": low_iou // 2}, fixed=12, broke=3) for name in names}
+            for kind, names in (("by_task", ("roc", "vg")), ("by_modality", ("ct", "mr")))
+        }
+        before = counted(120, {"low_iou": 50, "no_box": 2}, **groups)
+        after = counted(120, {"low_iou": low_iou}, fixed=24, broke=6, **groups)
+        rounds.append(
+            {"before": before, "after": after, "corrected": 52, "from_candidates": 19,
+             "generated": {"student": 400, "corrector": 208},
+             "validation": counted(160, {"low_iou": low_iou, "laterality": 3})}
+        )  # fmt: skip
+    return {"before": counted(160, {"low_iou": 60, "no_box": 5}), "rounds": rounds, "kept": 1}
+
+
 def whole_run(**changes: Any) -> ReportInputs:
     rng = np.random.default_rng(3)
     drawn = [draw(SPEC, index) for index in range(SPEC.images)]
@@ -211,6 +238,7 @@ def whole_run(**changes: Any) -> ReportInputs:
         "metrics": metrics_rows(rng),
         "predictions": predictions,
         "feedback": feedback_of(predictions, rng),
+        "reflection": account(),
         "images": lambda names: {name: files[name] for name in names if name in files},
         "config": "run:\n  name: tiny\nmodel:\n  lambda: 2.0\n",
         "versions": {"ray": "2.60", "torch": "2.10"},
