@@ -83,6 +83,43 @@ def evaluate(
     typer.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else console.table(result))
 
 
+def compare(
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN...", help="Folders of finished runs, or JSONL files of predictions."
+    ),
+    others: list[Path] = typer.Option(
+        None, "--with", help="Further runs: all RUNs are one side then, and these the other (seeds)."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
+) -> None:
+    """Compare two runs on the questions both answered: differences with 95% intervals and p, by image.
+
+    
+    Example: clinkd compare runs/tiny runs/mine
+             clinkd compare runs/a-1 runs/a-2 --with runs/b-1 --with runs/b-2
+    """
+    from clinkd.config import ConfigError
+    from clinkd.data.shards import DataError
+    from clinkd.evaluate.compare import compare as compared
+    from clinkd.evaluate.score import read_predictions
+
+    if not others and len(runs) != 2:
+        raise ConfigError("compare: give two runs, or one side's runs and the other's by --with")
+    first, second = (runs, others) if others else (runs[:1], runs[1:])
+    sides = []
+    for side in (first, second):
+        paths = [run / "predictions.jsonl" if run.is_dir() else run for run in side]
+        try:
+            sides.append([read_predictions(path) for path in paths])
+        except OSError as error:
+            raise DataError(f"compare: {error.filename}: {error.strerror}; `clinkd run` makes one") from None
+    try:
+        result = compared(*sides)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    typer.echo(json.dumps(result, indent=1) if as_json else console.comparison(result))
+
+
 def config(
     path: Path = typer.Argument(..., metavar="CONFIG", help="YAML file; the examples are in configs/."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. distill.a=0.7."),
@@ -231,6 +268,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     label,
     predict,
     evaluate,
+    compare,
     sweep,
     report,
     certify,

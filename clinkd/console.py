@@ -68,3 +68,22 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return "-" if value is None else str(value)
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """Of each task and metric: both sides, their difference with its interval, and p."""
+    lines = [f"{'metric':26}{'first':>9}{'second':>9}{'difference':>12}{'95% interval':>20}{'p':>9}"]
+    for task, metrics in result["tasks"].items():
+        left = f", {result['left_out'][task]} left out" if result["left_out"][task] else ""
+        lines.append(f"{task} ({result['rows'][task]} questions in common{left})")
+        for name, found in metrics.items():
+            if found["difference"] is None:
+                lines.append(f"  {name:24}{'nothing to measure':>18}")
+                continue
+            span = "" if found["low"] is None else f"{found['low']:+.4f} {found['high']:+.4f}"
+            sure = "" if found["p"] is None else f"{found['p']:.4f}"
+            lines.append(
+                f"  {name:24}{found['first']:9.4f}{found['second']:9.4f}{found['difference']:+12.4f}"
+                f"{span:>20}{sure:>9}"
+            )
+    return "\n".join(lines)

@@ -249,3 +249,19 @@ def test_plan_says_what_reflection_generates(capsys) -> None:
     stages = [line.split()[0] for line in out.splitlines()[1:5]]
     assert stages == ["teacher", "distill", "reflect-1", "reflect-2"]
     assert "generates" not in run(capsys, "plan", TINY, "reflect.rounds=0")[1]
+
+
+def test_compare_prints_both_runs_and_their_difference(capsys, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in VG_ROWS.read_text().splitlines()]
+    worse = tmp_path / "worse"
+    worse.mkdir()
+    for row in rows[::2]:
+        row["response"] = "I see."
+    (worse / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = run(capsys, "compare", VG_ROWS, worse)
+    assert code == 0 and "recall_at_50" in out and "95% interval" in out
+    _, found, _ = run(capsys, "compare", VG_ROWS, "--with", worse, "--with", VG_ROWS, "--json")
+    assert json.loads(found)["tasks"]["vg"]["no_box_rate"]["difference"] > 0
+    for arguments in ([VG_ROWS], [VG_ROWS, tmp_path / "nowhere"], [VG_ROWS, tmp_path]):
+        code, _, err = run(capsys, "compare", *arguments)
+        assert code == 2 and len(mistakes(err)) == 1

@@ -33,6 +33,24 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A ratio of sums, and the same of every draw [B]; nan where a draw has nothing to measure."""
+
+    value: float | None  # None where nothing was there to measure
+    draws: np.ndarray
+    count: float
+    of: float
+
+    def estimate(self) -> Estimate:
+        """With its 95% interval, where there are draws."""
+        usable = self.draws[~np.isnan(self.draws)]
+        if self.value is None or not len(usable):
+            return Estimate(self.value, None, None, self.count, self.of)
+        low, high = np.percentile(usable, [2.5, 97.5])
+        return Estimate(self.value, float(low), float(high), self.count, self.of)
+
+
+@dataclass(frozen=True)
 class Resampled:
     """Sums of k columns per modality, [M, k], and the same for every draw, [B, M, k]."""
 
@@ -41,14 +59,14 @@ class Resampled:
     totals: np.ndarray
     draws: np.ndarray
 
-    def pooled(self, numerator: str, denominator: str, times: float = 1.0) -> Estimate:
+    def pooled(self, numerator: str, denominator: str, times: float = 1.0) -> Ratio:
         """``times * sum(numerator) / sum(denominator)`` over all modalities together."""
         i, j = self.names.index(numerator), self.names.index(denominator)
         sums, drawn = self.totals.sum(axis=0), self.draws.sum(axis=1)
         up = times * sums[i]
-        return self._estimate(up / sums[j] if sums[j] else 0.0, up, sums[j], times * drawn[:, i], drawn[:, j])
+        return self._ratio(up / sums[j] if sums[j] else 0.0, up, sums[j], times * drawn[:, i], drawn[:, j])
 
-    def macro(self, numerator: str, denominator: str, divide_by: int, epsilon: float) -> Estimate:
+    def macro(self, numerator: str, denominator: str, divide_by: int, epsilon: float) -> Ratio:
         """Sum over modalities of ``numerator / (denominator + epsilon)``, divided by ``divide_by``."""
         i, j = self.names.index(numerator), self.names.index(denominator)
         up, down = self.totals[:, i], self.totals[:, j]
@@ -58,18 +76,17 @@ class Resampled:
         drawn = (
             (self.draws[:, :, i] / (self.draws[:, :, j] + epsilon)).sum(axis=1) * (down > 0).sum() / divide_by
         )
-        return self._estimate(value, up.sum(), down.sum(), drawn, held)
+        return self._ratio(value, up.sum(), down.sum(), drawn, held)
 
-    def _estimate(
+    def _ratio(
         self, value: float, up: float, down: float, drawn: np.ndarray, divisor: np.ndarray
-    ) -> Estimate:
-        usable = divisor > 0
+    ) -> Ratio:
+        draws = np.full(len(drawn), np.nan)
         if down <= 0:
-            return Estimate(None, None, None, float(up), float(down))
-        if self.images < 2 or not usable.any():
-            return Estimate(float(value), None, None, float(up), float(down))
-        low, high = np.percentile(drawn[usable] / divisor[usable], [2.5, 97.5])
-        return Estimate(float(value), float(low), float(high), float(up), float(down))
+            return Ratio(None, draws, float(up), float(down))
+        if self.images > 1:
+            np.divide(drawn, divisor, out=draws, where=divisor > 0)
+        return Ratio(float(value), draws, float(up), float(down))
 
 
 def resample(

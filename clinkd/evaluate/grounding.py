@@ -17,12 +17,12 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from clinkd.data.records import MODALITIES
-from clinkd.evaluate.bootstrap import DRAWS, SEED, Resampled, resample
+from clinkd.evaluate.bootstrap import DRAWS, SEED, Ratio, Resampled, resample
 from clinkd.evaluate.language import laterality_error, negation_error, whole_words, words
 from clinkd.evaluate.protocol import EPSILON, Row, Scored, numbers, predicted_spans, target_spans
 
 THRESHOLDS = (0.25, 0.5, 0.75)
-Honest = dict[str, dict[str, float | None]]
+Honest = dict[str, Ratio]
 
 
 def boxes(spans: Sequence[str]) -> np.ndarray:
@@ -61,6 +61,17 @@ def matched(overlap: np.ndarray) -> tuple[float, list[int]]:
     return float(overlap[pairs].sum()), [int(a[linear_sum_assignment(a, maximize=True)].sum()) for a in above]
 
 
+def honest(task: str, scored: Scored) -> dict[str, dict[str, float | None]]:
+    """The honest numbers of a task as eval.json has them: each with its interval."""
+    return {name: ratio.estimate().as_dict() for name, ratio in ratios(task, scored).items()}
+
+
+def ratios(task: str, scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
+    """The honest numbers of a task with all their draws, which are of the same images for the same rows."""
+    measure = {"vg": honest_vg, "roc": honest_roc}.get(task, honest_text)
+    return measure(scored, draws, seed)
+
+
 def honest_vg(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
     """IoU mean, Recall@{0.25, 0.5, 0.75} and F1 one to one, no-box rate, and what the words get wrong.
 
@@ -78,10 +89,10 @@ def honest_vg(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
     sums = _resample(scored, columns, draws, seed)
     return {
         "recall_at_50_published": _published(sums),
-        "iou_mean": sums.pooled("iou", "targets").as_dict(),
-        **{f"recall_at_{at}": sums.pooled(f"at_{at}", "targets").as_dict() for at in (25, 50, 75)},
-        "f1_one_to_one": sums.pooled("at_50", "boxes", times=2).as_dict(),
-        "no_box_rate": sums.pooled("no_box", "one").as_dict(),
+        "iou_mean": sums.pooled("iou", "targets"),
+        **{f"recall_at_{at}": sums.pooled(f"at_{at}", "targets") for at in (25, 50, 75)},
+        "f1_one_to_one": sums.pooled("at_50", "boxes", times=2),
+        "no_box_rate": sums.pooled("no_box", "one"),
         **_language(sums),
     }
 
@@ -93,8 +104,8 @@ def honest_roc(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
     sums = _resample(scored, columns, draws, seed)
     return {
         "recall_published": _published(sums),
-        "recall_whole_word": sums.pooled("whole", "whole_of").as_dict(),
-        "empty_rate": sums.pooled("empty", "one").as_dict(),
+        "recall_whole_word": sums.pooled("whole", "whole_of"),
+        "empty_rate": sums.pooled("empty", "one"),
         **_language(sums),
     }
 
@@ -109,19 +120,19 @@ def honest_text(scored: Scored, draws: int = DRAWS, seed: int = SEED) -> Honest:
     columns = {"rouge": rouge, "empty": [float(not answer) for _, answer in pairs]}
     sums = _resample(scored, columns, draws, seed)
     return {
-        "rouge_l_words": sums.pooled("rouge", "one").as_dict(),
-        "empty_rate": sums.pooled("empty", "one").as_dict(),
+        "rouge_l_words": sums.pooled("rouge", "one"),
+        "empty_rate": sums.pooled("empty", "one"),
         **_language(sums),
     }
 
 
-def _published(sums: Resampled) -> dict[str, float | None]:
-    return sums.macro("hits", "of", len(MODALITIES), EPSILON).as_dict()
+def _published(sums: Resampled) -> Ratio:
+    return sums.macro("hits", "of", len(MODALITIES), EPSILON)
 
 
 def _language(sums: Resampled) -> Honest:
     return {
-        f"{kind}_errors": sums.pooled(kind, f"{kind}_of").as_dict() for kind in ("laterality", "negation")
+        f"{kind}_errors": sums.pooled(kind, f"{kind}_of") for kind in ("laterality", "negation")
     }
 
 

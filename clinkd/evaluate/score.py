@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clinkd.data.records import MODALITIES, TASKS
-from clinkd.evaluate.grounding import honest_roc, honest_text, honest_vg
+from clinkd.evaluate.grounding import honest
 from clinkd.evaluate.java import java_version
 from clinkd.evaluate.protocol import Scored, collect, recall
 from clinkd.evaluate.text_metrics import NO_JARS, TextScorer, TextScores, published_means
@@ -94,9 +94,9 @@ def score_task(
     scored = collect(task, rows)
     result: dict[str, Any] = {"task": task}
     if task == "vg":
-        result |= recall(scored, "recall_at_50", "targets") | {"honest": honest_vg(scored), "spice": None}
+        result |= recall(scored, "recall_at_50", "targets") | {"honest": honest(task, scored), "spice": None}
     elif task == "roc":
-        result |= recall(scored, "recall", "rows") | {"honest": honest_roc(scored), "spice": None}
+        result |= recall(scored, "recall", "rows") | {"honest": honest(task, scored), "spice": None}
     else:
         result |= _score_text(task, scored, spice_jars, text_metrics, scorer)
     result |= {"rows": scored.read, "skipped": scored.skipped, "versions": versions(task in ("rc", "mia"))}
@@ -135,7 +135,7 @@ def _score_text(
     reasons = scores.reasons
     return {
         **means,
-        "honest": honest_text(scored),
+        "honest": honest(task, scored),
         "spice": means["mean"].get("spice"),
         "spice_reason": "SPICE belongs to RC" if task == "mia" else reasons.get("spice", reasons.get("text")),
         "text_reason": reasons.get("text"),

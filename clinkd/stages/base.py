@@ -117,7 +117,11 @@ def check_inputs(config: RunConfig) -> None:
     from clinkd import cluster
     from clinkd.data.prepare import find_source
 
-    for key, path in (("model.path", config.model.path), ("teacher.path", config.teacher.path)):
+    given = {
+        "model.path": config.model.path, "teacher.path": config.teacher.path,
+        "reflect.corrector": config.reflect.corrector,
+    }  # fmt: skip
+    for key, path in given.items():
         if path is not None and not (Path(path) / "config.json").is_file():
             raise ConfigError(
                 f"{key}: {path} holds no config.json; give the folder of a Qwen2-VL or Qwen2.5-VL checkpoint"

@@ -9,7 +9,7 @@ from prediction_rows import row
 from clinkd.data.boxes import format_box, iou
 from clinkd.data.records import MODALITIES
 from clinkd.evaluate.bootstrap import resample
-from clinkd.evaluate.grounding import boxes, honest_roc, honest_text, honest_vg, iou_matrix, matched
+from clinkd.evaluate.grounding import boxes, honest, iou_matrix, matched
 from clinkd.evaluate.language import laterality_error, negated, negation_error, whole_words
 from clinkd.evaluate.protocol import collect
 
@@ -17,7 +17,7 @@ A, B, FAR = format_box((0, 0, 100, 100)), format_box((5, 5, 105, 105)), format_b
 
 
 def vg(*rows):
-    return honest_vg(collect("vg", rows))
+    return honest("vg", collect("vg", rows))
 
 
 def test_one_box_cannot_hit_two_targets():
@@ -54,7 +54,7 @@ def test_an_answer_without_a_box_is_counted_as_such():
 
 
 def test_nothing_measured_is_null_and_not_zero():
-    for result in (vg(), honest_roc(collect("roc", [])), honest_text(collect("rc", []))):
+    for result in (vg(), honest("roc", collect("roc", [])), honest("rc", collect("rc", []))):
         assert all(found["value"] is None and found["low"] is None for found in result.values())
 
 
@@ -150,7 +150,8 @@ def test_images_are_drawn_and_not_rows():
     hits = [1.0, 0.0] * 20
 
     def width(images):
-        found = resample({"hit": hits, "one": [1.0] * 40}, images, ["ct"] * 40).pooled("hit", "one")
+        sums = resample({"hit": hits, "one": [1.0] * 40}, images, ["ct"] * 40)
+        found = sums.pooled("hit", "one").estimate()
         return found.high - found.low
 
     apart = width([f"ct_{i}" for i in range(40)])
