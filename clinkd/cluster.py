@@ -28,6 +28,12 @@ TRAIN_ENV = {
     # The default of 60 s is short for workers that import torch and DeepSpeed on a busy machine.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
+LOCAL_ENV = {
+    # Unset, ray.init would turn token authentication on and leave a token in the home folder.
+    "RAY_AUTH_MODE": "disabled",
+    # One more process a stage, to hear that a node is to go: here nobody would be left.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 EXTRA_CPUS = 2
 DATA_CPUS = 1.1  # one task of Ray Data, and what actors that only wait declare
 STARTING = 8
@@ -137,8 +143,7 @@ def real_cores() -> int:
 
 def _start() -> None:
     global _started_here
-    # Unset, ray.init would turn token authentication on and leave a token in the home folder.
-    _defaults(TRAIN_ENV | {"RAY_AUTH_MODE": "disabled"} | ({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}))
+    _defaults(TRAIN_ENV | LOCAL_ENV | ({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}))
     if real_cores() < STARTING:
         _defaults({"RAY_worker_maximum_startup_concurrency": str(STARTING)})
     import ray

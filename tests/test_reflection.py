@@ -113,7 +113,7 @@ def test_a_finished_round_accounts_for_every_answer(finished: Path) -> None:
     assert account["kept"] == rates.index(min(rates))
     assert (folder / "model" / "model.safetensors").is_file() and not (folder / "round-1/model").exists()
     page = (finished / "runs" / "tiny" / "report.html").read_text()
-    assert "Errors of the student as the judge counts them" in page and "said after the round" in page
+    assert 'aria-label="Rounds of reflection"' in page and "said after the round" in page
 
 
 def test_the_correctors_distribution_is_learned_in_the_place_of_its_texts(finished: Path) -> None:
