@@ -32,14 +32,20 @@ def spec_of(start: Path, **more):
 
 def test_zero_0_to_3_train_one_curve_of_adapters(prepared, start, tmp_path) -> None:
     import torch
-    from tiny_training import train
+    from tiny_training import train_each
 
     from clinkd.model.clinkd_qwen2vl import load_model
 
+    ways = {
+        zero: (
+            tmp_path / str(zero),
+            spec_of(start, gradient_checkpointing=zero % 2 == 1),
+            {"zero": zero, "steps": 6},
+        )
+        for zero in range(4)
+    }
     curves, models = {}, {}
-    for zero in range(4):
-        spec = spec_of(start, gradient_checkpointing=zero % 2 == 1)
-        lines = train(prepared, tmp_path / str(zero), spec, zero=zero, steps=6)
+    for zero, lines in train_each(prepared, ways).items():
         curves[zero] = [line["ce"] for line in lines]
         models[zero] = load_model(tmp_path / str(zero) / "model").state_dict()
     before = load_model(start).state_dict()

@@ -104,13 +104,17 @@ def spec_of(start: Path, **more: Any) -> Any:
 
 
 def test_online_is_the_cache_to_half_precision(prepared, start, teacher, cache, tmp_path) -> None:
-    from tiny_training import train
+    from tiny_training import train_each
 
-    how = {"zero": 1, "steps": 6}
-    kept = train(prepared, tmp_path / "kept", spec_of(start), task=Maker(cache), **how)
-    asked = train(
-        prepared, tmp_path / "asked", spec_of(start), task=Maker(cache, teacher=str(teacher)), **how
+    tasks = {"kept": Maker(cache), "asked": Maker(cache, teacher=str(teacher))}
+    found = train_each(
+        prepared,
+        {
+            name: (tmp_path / name, spec_of(start), {"zero": 1, "steps": 6, "task": task})
+            for name, task in tasks.items()
+        },
     )
+    kept, asked = found["kept"], found["asked"]
     for name in ("loss", "kd", "ce"):
         assert [line[name] for line in asked] == pytest.approx([line[name] for line in kept], rel=2e-4)
     assert [line["tokens"] for line in asked] == [line["tokens"] for line in kept]
@@ -164,15 +168,17 @@ def test_a_sharded_teacher_and_a_sharded_student_change_nothing(
     prepared, start, teacher, cache, tmp_path
 ) -> None:
     """Some steps learn from the student's own answers, some from the cache's."""
-    from tiny_training import train
+    from tiny_training import train_each
 
-    curves = {}
+    ways = {}
     for student, stage in ((1, 0), (1, 3), (3, 3)):
         maker = Maker(
             cache, watched, teacher=str(teacher), zero_stage=stage, on_policy=0.5, max_new_tokens=6, seed=1
         )
-        out = tmp_path / f"{student}{stage}"
-        curves[student, stage] = train(prepared, out, spec_of(start), zero=student, steps=5, task=maker)
+        how = {"zero": student, "steps": 5, "task": maker}
+        ways[student, stage] = (tmp_path / f"{student}{stage}", spec_of(start), how)
+    curves = train_each(prepared, ways)
+    for (_, stage), (out, _, _) in ways.items():
         told = json.loads((out / "told.json").read_text())
         assert told["held"] < 0.7 * told["of"] if stage == 3 else told["whole"]
     plain = curves[1, 0]

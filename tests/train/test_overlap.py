@@ -23,7 +23,7 @@ def prepared(ray_session, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_overlap_and_buckets_change_no_curve(zero: int, prepared: Path, start: Path, tmp_path: Path) -> None:
-    from tiny_training import train
+    from tiny_training import train_each
 
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.tasks import VqaSpec
@@ -36,10 +36,13 @@ def test_overlap_and_buckets_change_no_curve(zero: int, prepared: Path, start: P
     }
     if zero == 3:
         ways["off"] |= {"cpu_offload": True, "offload_parameters": True, "zero_stage": 3}
-    lines = {
-        name: train(prepared, tmp_path / name, spec, zero=zero, steps=5, compute=way)
-        for name, way in ways.items()
-    }
+    lines = train_each(
+        prepared,
+        {
+            name: (tmp_path / name, spec, {"zero": zero, "steps": 5, "compute": way})
+            for name, way in ways.items()
+        },
+    )
     losses = {name: [line["loss"] for line in found] for name, found in lines.items()}
     assert losses["preset"][-1] < 0.95 * losses["preset"][0]
     assert losses["overlapped"] == pytest.approx(losses["preset"], rel=1e-4)

@@ -1,11 +1,9 @@
 """The answering stages with a real model: every ZeRO stage trains the same curve, and what it saves loads."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from clinkd.config import ComputeSection, OptimSection
 from clinkd.data.phantoms import PhantomSpec
 
 pytestmark = pytest.mark.slow
@@ -20,40 +18,19 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-def train(prepared: Path, start: Path, out: Path, zero: int) -> list[float]:
-    import ray.data
-
-    from clinkd.data.shards import shard_paths
-    from clinkd.model.rope import RopeGuidance
-    from clinkd.train.loop import TrainJob, fit
-    from clinkd.train.tasks import SupervisedTask, VqaSpec
-
-    spec = VqaSpec(str(start), RopeGuidance(1.5, 2.0), train_vision=True, coordinate_weight=3.0)
-    optim = OptimSection(batch_size=2, questions_per_image=3, lr=5e-3, steps=6)
-    out.mkdir()
-    job = TrainJob(
-        stage="teacher",
-        make_task=lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
-        optim=optim,
-        compute=ComputeSection(workers=2, checkpoint_every=100),
-        zero_stage=zero,
-        steps=6,
-        seed=0,
-        out=str(out),
-    )
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
-    fit(job, rows.filter(expr=ray.data.expressions.col("split") == "train"), out / "work")
-    return [json.loads(line)["ce"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_zero_0_to_3_train_one_curve(prepared, start, tmp_path) -> None:
     import torch
+    from tiny_training import train_each
 
     from clinkd.model.clinkd_qwen2vl import load_model
+    from clinkd.model.rope import RopeGuidance
+    from clinkd.train.tasks import VqaSpec
 
+    spec = VqaSpec(str(start), RopeGuidance(1.5, 2.0), train_vision=True, coordinate_weight=3.0)
+    ways = {zero: (tmp_path / str(zero), spec, {"zero": zero, "steps": 6}) for zero in range(4)}
     curves, models = {}, {}
-    for zero in range(4):
-        curves[zero] = train(prepared, start, tmp_path / str(zero), zero)
+    for zero, lines in train_each(prepared, ways).items():
+        curves[zero] = [line["ce"] for line in lines]
         models[zero] = load_model(tmp_path / str(zero) / "model").state_dict()
     before = load_model(start).state_dict()
     for zero in range(4):
