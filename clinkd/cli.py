@@ -195,14 +195,15 @@ def predict(
     data: str = typer.Option(..., help="Prepared data: a folder or URI."),
     out: Path = typer.Option(..., help="Predictions to write, JSONL."),
     split: str = typer.Option("test", help="train, validation or test."),
-    batch_size: int = typer.Option(64, min=1),
-    max_new_tokens: int = typer.Option(64, min=1),
+    batch_size: int = typer.Option(64, min=1, help="Questions that are answered at one time."),
+    max_new_tokens: int = typer.Option(64, min=1, help="Of an answer."),
+    actors: int = typer.Option(2, min=1, help="Copies of the model that answer side by side."),
     guide: Path | None = typer.Option(
         None, help="Guide that scores the questions of a guided model; default: the checkpoint's own."
     ),
     endpoint_url: str | None = typer.Option(None, "--endpoint-url", help=cli_data.ENDPOINT_HELP),
 ) -> None:
-    """Answer prepared questions with a checkpoint.
+    """Answer prepared questions with a checkpoint; killed, the same command goes on.
 
     Example: clinkd predict --checkpoint runs/tiny/model --data DIR --out predictions.jsonl
     """
@@ -214,7 +215,7 @@ def predict(
         raise ConfigError(f"--checkpoint: {checkpoint} holds no config.json; give a model's folder")
     storage.configure(endpoint_url)
     with cli_data.connected():
-        count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens, guide)
+        count = predict_folder(checkpoint, data, out, split, batch_size, max_new_tokens, guide, actors)
     typer.echo(f"{count} answers: {out}")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's answers to prepared questions, by Ray Data actors.
+"""A checkpoint's answers to prepared questions; pool.py spreads them over actors.
 
 Decisions:
 - Rows are records: an image is decoded and seen by the vision tower once, whatever is asked about it. All
@@ -59,13 +59,6 @@ class Answerer:
             self.guide = load_guide(spec.guide, device)
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Ray Data's batch of records to one row per sample with ``responses``."""
-        records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
-        answered = list(self.answer(records))
-        keys = ("sample", "image", "task", "modality", "question", "annotation", "responses")
-        return {key: [row[key] for row in answered] for key in keys}
 
     def answer(
         self, records: Iterable[dict[str, Any]], seed: int | None = None
@@ -130,24 +123,6 @@ class Answerer:
                 "modality": record.get("modality", ""), "question": turn["question"],
                 "annotation": turn["answer"], "responses": found,
             }  # fmt: skip
-
-
-def predict(
-    records: Any, spec: PredictSpec, *, actors: int, cpus: float = 0.5, gpus: float = 0.0, batch: int = 16
-) -> Iterator[dict[str, Any]]:
-    """Answers to all turns of a Ray Dataset of records, in no particular order."""
-    import ray.data
-
-    answered = records.map_batches(
-        Answerer,
-        fn_constructor_args=(spec,),
-        batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-    )
-    for row in answered.iter_rows():
-        yield {key: list(value) if key == "responses" else value for key, value in row.items()}
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 from clinkd.data.shards import DataError
 from clinkd.evaluate.pool import AnswerPool
 from clinkd.evaluate.predict import PredictSpec
+from clinkd.progress import Progress
 from clinkd.stages.base import Run, write_whole
 
 PART = 16
@@ -25,23 +26,34 @@ PART = 16
 
 @dataclass
 class Desks:
-    """The actors of a stage; started when they are first needed."""
+    """The actors of a stage, ``gpus`` for each; started when they are first needed."""
 
-    run: Run
+    actors: int
+    progress: Progress
+    gpus: float = 0.0
     _pool: AnswerPool | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Desks:
+        compute = run.config.compute
+        return cls(compute.actors, run.progress, compute.workers * compute.gpus_per_worker / compute.actors)
 
     def pool(self) -> AnswerPool:
         if self._pool is None:
-            compute = self.run.config.compute
-            gpus = compute.workers * compute.gpus_per_worker / compute.actors
             # No CPU is set aside: training would lack it, when the desks have nothing to do.
-            self._pool = AnswerPool(compute.actors, cpus=0, gpus=gpus)
+            self._pool = AnswerPool(self.actors, cpus=0, gpus=self.gpus)
         return self._pool
 
     def make_room(self) -> None:
         """Before training: gives back what it needs."""
-        if self.run.config.compute.gpus_per_worker:
+        if self.gpus:
             self.close()
+
+    def __enter__(self) -> Desks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._pool is not None:
@@ -70,13 +82,13 @@ class Desks:
         missing = {number for number, file in files.items() if not file.is_file()}
         if missing:
             wanted = [name for name in names if place[name] in missing]
-            self.run.progress.start(title, len(names))
+            self.progress.start(title, len(names))
             done = len(names) - len(wanted)
             parts = _parts(rows(wanted), {name: place[name] for name in wanted}, seed)
             for number, answered in self.pool().answers(spec, parts):
                 write_whole(files[number], "".join(json.dumps(row) + "\n" for row in answered))
                 done += sum(found == number for found in place.values())
-                self.run.progress.update(done, record=False)
+                self.progress.update(done, record=False)
         return [json.loads(line) for file in files.values() for line in file.read_text().splitlines()]
 
 
@@ -101,4 +113,4 @@ def _parts(
             del wanted[number]
     if wanted:
         missing = sum(count - len(held.get(number, [])) for number, count in wanted.items())
-        raise DataError(f"reflect: {missing} records are not in the prepared data: prepare again")
+        raise DataError(f"{missing} of the records asked about are not in the prepared data: prepare again")

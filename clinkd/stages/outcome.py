@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
+from clinkd.progress import Progress
 from clinkd.stages import certificate
-from clinkd.stages.base import Run, write_whole
+from clinkd.stages.asking import Desks
+from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
 from clinkd.stages.reflection import ROUNDS, right_now
@@ -32,7 +35,7 @@ def evaluate(run: Run, model: str) -> Artifact:
     settings = options.model_dump(exclude={"batch_size"})
 
     def make(draft: Draft) -> dict[str, Any]:
-        lines = _predict(run, run.done[model].path / "model", draft.path / "predictions.jsonl")
+        lines = _predict(run, run.done[model].path / "model", draft)
         result = score(lines, run.done["prepare"].path, options.text_metrics, options.spice_jars)
         write_whole(draft.path / "eval.json", json.dumps(result, indent=1))
         means = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
@@ -45,10 +48,10 @@ def evaluate(run: Run, model: str) -> Artifact:
     return artifact
 
 
-def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
+def _predict(run: Run, model: Path, draft: Draft) -> list[dict[str, Any]]:
     from clinkd.data.ingest import read_records
     from clinkd.data.shards import samples
-    from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
+    from clinkd.evaluate.predict import PredictSpec, write_predictions
 
     options, data = run.config.evaluate, run.done["prepare"].path
     chosen, total = _chosen(samples(data, "test"), options.limit)
@@ -58,13 +61,12 @@ def _predict(run: Run, model: Path, out: Path) -> list[dict[str, Any]]:
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
         scores=scores(run, run.config.rope),
     )  # fmt: skip
-    rows = read_records(data, ids=chosen, blocks=run.blocks)
-    run.progress.start("evaluate", total)
-    found = []
-    for row in predict(rows, spec, actors=run.config.compute.actors):
-        found.append(row)
-        run.progress.update(len(found), record=False)
-    return write_predictions(found, out)
+    with Desks.of(run) as desks:
+        found = desks.ask(
+            spec, sorted(chosen), lambda ids: read_records(data, ids=ids, blocks=run.blocks).iter_rows(),
+            draft.work / "answers", "evaluate", 0,
+        )  # fmt: skip
+    return write_predictions(found, draft.path / "predictions.jsonl")
 
 
 def _chosen(samples: Iterable[dict[str, Any]], limit: int | None) -> tuple[list[str], int]:
@@ -200,18 +202,37 @@ def _guide_of(checkpoint: Path, given: Path | None) -> str | None:
 
 def predict_folder(
     checkpoint: Path, data: str | Path, out: Path, split: str, batch_size: int, max_new_tokens: int,
-    guide: Path | None = None,
+    guide: Path | None = None, actors: int = 2,
 ) -> int:  # fmt: skip
     """Answers of any checkpoint to any prepared data; returns their number.
 
-    Raises:
-        ConfigError: a guided checkpoint without its guide.
-    """
-    from clinkd.data.ingest import read_records
-    from clinkd.evaluate.predict import PredictSpec, predict, write_predictions
+    What is answered lies beside ``out`` until all is: killed, the same call goes on there.
 
-    rows = read_records(data, split=split, blocks=8)
+    Raises:
+        ConfigError: a guided checkpoint without its guide. DataError: no record in the split.
+    """
+    import ray
+
+    from clinkd.artifacts import fingerprint
+    from clinkd.data.ingest import read_records
+    from clinkd.data.shards import DataError, read_manifest, samples
+    from clinkd.evaluate.predict import PredictSpec, write_predictions
+
     spec = PredictSpec(
         str(checkpoint.resolve()), batch_size, max_new_tokens, guide=_guide_of(checkpoint, guide)
     )
-    return len(write_predictions(predict(rows, spec, actors=2), out))
+    names = sorted({sample["id"] for sample in samples(data, split)})
+    if not names:
+        raise DataError(f"--split: {data} holds no record of the split {split!r}")
+    asked = {"names": names, "shards": read_manifest(data)["shards"], "model": content_digest(checkpoint)}
+    mark = fingerprint("predict", {}, asdict(spec) | asked)
+    parts = out.with_name(f".{out.name}.{mark[:12]}")
+    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / actors)
+    with Progress() as progress, Desks(actors, progress, gpus) as desks:
+        found = desks.ask(
+            spec, names, lambda ids: read_records(data, ids=ids, blocks=4 * actors).iter_rows(), parts,
+            "predict", 0,
+        )  # fmt: skip
+    count = len(write_predictions(found, out))
+    shutil.rmtree(parts)
+    return count

@@ -52,11 +52,8 @@ def reflect(run: Run) -> Artifact:
         settings["method"] = _method(run)
 
     def make(draft: Draft) -> dict[str, Any]:
-        desks = Desks(run)
-        try:
+        with Desks.of(run) as desks:
             return _Stage(run, draft, desks).run_all()
-        finally:
-            desks.close()
 
     return run.stage("reflect", ["prepare", "guide", "teacher", "distill"], settings, make, version=2)
 

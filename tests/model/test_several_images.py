@@ -222,17 +222,18 @@ def test_predictions_are_the_same_alone_and_in_company(folder: Path) -> None:
     assert len(together) == 10 and together == alone
 
 
-def test_ray_datas_batches_bring_all_images(folder: Path, ray_session: None) -> None:
+def test_ray_datas_rows_bring_all_images(folder: Path, ray_session: None) -> None:
     """Lists of bytes come back from Arrow as arrays, also where no row has a second image."""
     import ray.data
 
-    from clinkd.evaluate.predict import PredictSpec, predict
+    from clinkd.evaluate.pool import Desk
+    from clinkd.evaluate.predict import PredictSpec
 
-    spec = PredictSpec(str(folder), max_new_tokens=3)
+    spec, desk = PredictSpec(str(folder), max_new_tokens=3), Desk()
     plain = {key: ROWS[0][key] for key in ("id", "image", "png", "turns", "more_png")}
     for rows in (ROWS, [plain]):
-        found = list(predict(ray.data.from_items(rows, override_num_blocks=1), spec, actors=1))
-        assert len(found) == 2 * len(rows)
+        dealt = list(ray.data.from_items(rows, override_num_blocks=1).iter_rows())
+        assert len(desk.answer(spec, dealt, 0)) == 2 * len(rows)
 
 
 def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path, tmp_path: Path) -> None:
