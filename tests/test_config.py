@@ -99,3 +99,16 @@ def test_the_students_own_answers_need_a_teacher_that_is_there(tmp_path: Path) -
         load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online, a: 0}\n"))
     whole = load_config(write(tmp_path, "distill: {on_policy: 0.5, teacher: online}\n"))
     assert whole.distill.on_policy == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("reflect: {share: 0.7, replay: 0.4}\n", "more than 1 together"),
+        ("teacher: {exercises: 0.1}\nfeed: {mode: stream}\n", "needs feed.mode: table"),
+        ("reflect: {target: texts}\n", "reflect.target"),
+    ],
+)
+def test_what_cannot_go_together_in_reflection_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(write(tmp_path, text))

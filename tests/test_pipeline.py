@@ -122,6 +122,7 @@ def positions(runs: Path, name: str, mode: str) -> tuple[list[torch.Tensor], lis
     [
         ("model.pth=x", "did you mean path?"),
         ("model.path=/nowhere/qwen", "model.path"),
+        ("reflect.corrector=/nowhere/vlm", "reflect.corrector"),
         ("data.source=/nowhere/data", "/nowhere/data"),
         ("compute.workers=999", "compute.workers"),
     ],
