@@ -344,6 +344,25 @@ def test_a_wrong_source_is_one_line_that_says_what_to_do(tmp_path: Path) -> None
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(DataError, match="test fraction"):
             prepare(SPEC, tmp_path / "out", test_fraction=fraction)
+    for fraction in (-0.1, 0.9, float("nan")):
+        with pytest.raises(DataError, match="validation fraction"):
+            prepare(SPEC, tmp_path / "out", validation_fraction=fraction)
+
+
+def test_a_validation_side_comes_out_of_what_test_leaves(prepared: Path, tmp_path: Path) -> None:
+    from clinkd import cli
+
+    manifest = prepare(SPEC, tmp_path, images_per_shard=20, test_fraction=0.25, validation_fraction=0.25)
+    adds_up(manifest, tmp_path)
+    assert manifest["validation_fraction"] == 0.25 and set(manifest["by_split"]) == {
+        "train", "validation", "test",
+    }  # fmt: skip
+    without, split = (
+        {row["id"]: row["split"] for row in shards.iter_rows(out)} for out in (prepared, tmp_path)
+    )
+    assert all((split[name] == "test") == (side == "test") for name, side in without.items())
+    assert Counter(split.values()) == {"train": 24, "validation": 12, "test": 12}
+    assert cli.main(["validate", str(tmp_path)]) == 0  # from the shards alone
 
 
 def test_data_of_which_nothing_is_good_says_why(tmp_path: Path) -> None:
