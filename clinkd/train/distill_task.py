@@ -13,13 +13,40 @@ from torch import Tensor, nn
 from clinkd.data.records import sample_id
 from clinkd.data.shards import DataError
 from clinkd.distill.curriculum import admitted_margin
-from clinkd.distill.losses import distill_loss, distill_loss_topk
+from clinkd.distill.losses import DistillLoss, distill_loss, distill_loss_topk
 from clinkd.distill.summary import tail_at
 from clinkd.distill.teacher_cache import TeacherCache
 from clinkd.model.guided import GuidedModel
 from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
+
+
+def loss_against(
+    said: Mapping[str, Tensor],
+    hidden: Tensor,
+    own: Tensor,
+    targets: Tensor,
+    teacher_head: Tensor | None,
+    vocabulary: int | None,
+    **how: Any,
+) -> DistillLoss:
+    """The loss at answer tokens against what a cache says of them, as ``Form.unpack`` gives it: either
+    ``teacher_hidden`` [N, Ht], or the three of top-k logits; sums. ``how``: as ``distill_loss`` takes it."""
+    how = {"normalizer": 1.0} | how
+    if "teacher_hidden" in said:
+        assert teacher_head is not None
+        states = said["teacher_hidden"].to(hidden.dtype)
+        return distill_loss(hidden, own, targets, states, teacher_head, **how)
+    assert vocabulary is not None
+    return distill_loss_topk(
+        hidden, own, targets, said["top_logits"], said["top_ids"].long(),
+        tail_at(said["tails"], how["temperature"]), vocabulary=vocabulary, **how,
+    )  # fmt: skip
+
+
+CACHED = ("teacher_hidden", "top_logits", "top_ids", "tails")
+"""What of a batch's arguments a cache says."""
 
 
 class DistillLossModule(AnswerLoss):
@@ -40,30 +67,14 @@ class DistillLossModule(AnswerLoss):
         self.register_buffer("teacher_head", teacher_head, persistent=False)
         self.options, self.vocabulary = dict(options), vocabulary
 
-    def forward(  # type: ignore[override]
-        self,
-        labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        top_logits: Tensor | None = None,
-        top_ids: Tensor | None = None,
-        tails: Tensor | None = None,
-        **inputs: Any,
-    ) -> dict[str, Tensor]:
-        """Either ``teacher_hidden`` [N, Ht], or the three of a cache of top-k logits (``Form.unpack``)."""
+    def forward(self, labels: Tensor, **inputs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """``inputs``: the model's, and what the cache says of the answer tokens (``CACHED``)."""
+        said = {name: inputs.pop(name) for name in CACHED if name in inputs}
         hidden, targets = self.hidden(labels, **inputs)
-        own = self.model.lm_head.weight
-        how: dict[str, Any] = {"chunk_size": self.chunk_size, "normalizer": 1.0} | self.options
-        if teacher_hidden is not None:
-            assert self.teacher_head is not None
-            found = distill_loss(
-                hidden, own, targets, teacher_hidden.to(hidden.dtype), self.teacher_head, **how
-            )
-        else:
-            assert top_logits is not None and top_ids is not None and tails is not None and self.vocabulary
-            found = distill_loss_topk(
-                hidden, own, targets, top_logits, top_ids.long(), tail_at(tails, self.options["temperature"]),
-                vocabulary=self.vocabulary, **how,
-            )  # fmt: skip
+        found = loss_against(
+            said, hidden, self.model.lm_head.weight, targets, self.teacher_head, self.vocabulary,
+            chunk_size=self.chunk_size, **self.options,
+        )  # fmt: skip
         return {"loss": found.total, "kd": found.kd, "ce": found.ce}
 
     def own_work(self, arguments: Mapping[str, Any], tokens: int) -> list[Work]:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from clinkd.data.correction import correction_prompt, elaborated
 from clinkd.data.records import sample_id
-from clinkd.distill.losses import distill_loss, distill_loss_topk
-from clinkd.distill.summary import tail_at
 from clinkd.distill.teacher_cache import TeacherCache
 from clinkd.model.chat import encode
 from clinkd.model.guided import GuidedModel
+from clinkd.train.distill_task import CACHED, loss_against
 from clinkd.train.ledger import Group
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
@@ -60,13 +59,10 @@ class ReflectLossModule(AnswerLoss):
         labels: Tensor,
         soft_rows: Tensor,
         coordinates: Tensor | None = None,
-        teacher_hidden: Tensor | None = None,
-        top_logits: Tensor | None = None,
-        top_ids: Tensor | None = None,
-        tails: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """``soft_rows`` [B] bool; what the cache says of their answer tokens alone, as ``Form.unpack``."""
+        """``soft_rows`` [B] bool; of their answer tokens ``inputs`` has what the cache says (``CACHED``)."""
+        said = {name: inputs.pop(name) for name in CACHED if name in inputs}
         hidden, targets = self.hidden(labels, **inputs)
         answered = labels[:, 1:] != -100
         soft = soft_rows[:, None].expand_as(answered)[answered]
@@ -74,21 +70,12 @@ class ReflectLossModule(AnswerLoss):
         if coordinates is not None:
             heavy = coordinates[:, 1:][answered] & ~soft
             loss = ce + (self.coordinate_weight - 1) * self.cross_entropy(hidden[heavy], targets[heavy])
-        own = self.model.lm_head.weight
-        how: dict[str, Any] = {"a": 1.0, "chunk_size": self.chunk_size, "normalizer": 1.0} | self.method
-        if teacher_hidden is not None:
-            assert self.corrector_head is not None
-            kd = distill_loss(
-                hidden[soft], own, targets[soft], teacher_hidden.to(hidden.dtype), self.corrector_head, **how
-            ).kd
-        elif top_logits is not None:
-            assert top_ids is not None and tails is not None and self.vocabulary is not None
-            kd = distill_loss_topk(
-                hidden[soft], own, targets[soft], top_logits, top_ids.long(),
-                tail_at(tails, self.method["temperature"]), vocabulary=self.vocabulary, **how,
+        kd = 0 * ce
+        if said:
+            kd = loss_against(
+                said, hidden[soft], self.model.lm_head.weight, targets[soft], self.corrector_head,
+                self.vocabulary, a=1.0, chunk_size=self.chunk_size, **self.method,
             ).kd  # fmt: skip
-        else:
-            kd = 0 * ce
         return {"loss": loss + kd, "ce": ce, "kd": kd}
 
 
