@@ -98,17 +98,35 @@ class ReportInputs:
     commands: Sequence[tuple[str, str]] = ()
 
 
-def build_report(run: ReportInputs, out: Path) -> Path:
-    """Writes the report to the file ``out`` (beside it first, then moved into place) and returns ``out``."""
+def _environment(autoescape: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(pct=percent, points=points, score=plain_score, duration=duration)
     environment.filters.update(clip=gallery.clip, cell=cell, rate=rate, boxed=boxed, words=words)
+    environment.filters.update(md=marked_down)
+    return environment
+
+
+def build_markdown(run: ReportInputs, out: Path) -> Path:
+    """Writes the report's numbers as Markdown: no images, questions or answers. Returns ``out``."""
+    text = (
+        _environment(autoescape=False)
+        .get_template("report.md.j2")
+        .render(
+            **_numbers(run), **_provenance(run), outcomes=rounds.outcomes(run.reflection)[:MOST_ROWS]
+        )
+    )
+    return _put(out, text)
+
+
+def build_report(run: ReportInputs, out: Path) -> Path:
+    """Writes the report to the file ``out`` (beside it first, then moved into place) and returns ``out``."""
+    environment = _environment(autoescape=True)
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.get_template("report.html.j2").render(
@@ -119,9 +137,13 @@ def build_report(run: ReportInputs, out: Path) -> Path:
         script=Markup(script),
         script_hash=digest,
     )
+    return _put(out, page)
+
+
+def _put(out: Path, text: str) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
-    beside.write_text(page, encoding="utf-8", errors="replace")
+    beside.write_text(text, encoding="utf-8", errors="replace")
     os.replace(beside, out)
     return out
 
@@ -307,6 +329,12 @@ def boxed(text: str) -> Markup:
 def words(code: str) -> str:
     """A judge's code as words."""
     return re.sub(r"\biou\b", "IoU", code.replace("_", " "))
+
+
+def marked_down(value: object) -> str:
+    """Text for a cell of a Markdown table: one line, nothing in it that Markdown or HTML reads."""
+    plain = " ".join(gallery.clip(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", plain)
 
 
 def percent(value: float | None) -> str:

@@ -105,10 +105,10 @@ def score(
 
 
 def report(run: Run) -> Path:
-    """``report.html`` of the run's folder, from what lies there and in its artifacts."""
+    """``report.html`` and ``report.md`` of the run's folder, from what lies there and in its artifacts."""
     from clinkd.artifacts import versions
     from clinkd.data.shards import images
-    from clinkd.report.html import ReportInputs, build_report
+    from clinkd.report.html import ReportInputs, build_markdown, build_report
 
     data = run.done["prepare"].path
     inputs = ReportInputs(
@@ -130,6 +130,7 @@ def report(run: Run) -> Path:
         stages=run.log,
     )
     path = build_report(inputs, run.folder / "report.html")
+    build_markdown(inputs, run.folder / "report.md")
     shutil.copyfile(run.done["prepare"].path / "manifest.json", run.folder / "manifest.json")
     return path
 
