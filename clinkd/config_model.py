@@ -116,6 +116,6 @@ class TeacherSection(Section):
         0.0,
         ge=0,
         lt=1,
-        description="share of its training turns that are exercises in correcting an answer, for a teacher "
-        "made here that is to be the corrector of reflection",
+        description="share of the turns in the last fifth of its training that are exercises in correcting "
+        "an answer, for a teacher made here that is to be the corrector of reflection",
     )

@@ -141,11 +141,17 @@ class ReflectTask(SupervisedTask):
         return group
 
 
+EXERCISES_FROM = 0.8
+"""Share of a teacher's steps after which its exercises begin."""
+
+
 class TeacherTask(SupervisedTask):
     """The true answers; a share of the turns stands as an exercise in correcting.
 
     An exercise shows the truth and an answer to another image's question of the same task, as the corrector
-    will be shown them, and asks for the truth with where it is (``elaborated``).
+    will be shown them, and asks for the truth with where it is (``elaborated``). Its box can be copied from
+    the prompt: a teacher that is given exercises from the start learns to copy before it learns to look (on
+    phantoms its students' VG Recall@0.5 was .25 in the place of .60), so they wait for the last steps.
     """
 
     def __init__(
@@ -154,9 +160,9 @@ class TeacherTask(SupervisedTask):
         super().__init__(rows, scratch, spec, zero_stage)
         self.exercises, self.seed = exercises, seed
 
-    def row(self, record: int, turn: int, step: int) -> tuple[list[int], list[int]]:
+    def row(self, record: int, turn: int, step: int, total: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, step, record, turn])
-        if rng.random() >= self.exercises:
+        if step < EXERCISES_FROM * total or rng.random() >= self.exercises:
             return self.encoded(record, turn)
         asked = self.table.turns(record)[turn]
         wrong = self._another(asked["task"], int(rng.integers(len(self.ids))))

@@ -161,7 +161,7 @@ class SupervisedTask:
             self._encoded[record, turn] = encode(self.tokenizer, asked["question"], answer, tokens)
         return self._encoded[record, turn]
 
-    def row(self, record: int, turn: int, step: int) -> tuple[list[int], list[int]]:
+    def row(self, record: int, turn: int, step: int, total: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids that stand in the batch of a step for a turn."""
         return self.encoded(record, turn)
 
@@ -170,7 +170,7 @@ class SupervisedTask:
         return str(self.table.turns(record)[turn]["answer"])
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        rows = [self.row(record, turn, step) for record, turns in groups for turn in turns]
+        rows = [self.row(record, turn, step, total) for record, turns in groups for turn in turns]
         names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         guided = self.spec.guidance.guided

@@ -129,15 +129,16 @@ def test_a_teachers_exercises_ask_for_the_truth_with_where_it_is(rows, folder, t
     shown = 0
     for step in range(40):
         for number, asked in enumerate(rows[2]["turns"]):
-            prompt, answer = task.row(2, number, step)
+            prompt, answer = task.row(2, number, step, 40)
             text = task.tokenizer.decode(answer).removesuffix("<|im_end|>")
             posed = "A wrong first answer:" in task.tokenizer.decode(prompt)
             more = elaborated(asked["task"], asked["question"], asked["answer"])
             assert text == to_qwen(more if posed and more else asked["answer"])
-            assert (prompt, answer) == task.row(2, number, step)
+            assert (prompt, answer) == task.row(2, number, step, 40)
             shown += posed
+            assert not posed or step >= 32  # first it learns to look
             assert not (posed and more is None)
     can = sum(elaborated(t["task"], t["question"], t["answer"]) is not None for t in rows[2]["turns"])
-    assert can > 0 and shown == pytest.approx(20 * can, rel=0.35)
+    assert can > 0 and 0 < shown < 8 * can
     none = TeacherTask(Rows(rows), tmp_path / "none", spec(folder), exercises=0.0, seed=0)
-    assert none.row(2, 0, 0) == none.encoded(2, 0)
+    assert none.row(2, 0, 39, 40) == none.encoded(2, 0)
