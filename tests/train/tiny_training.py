@@ -41,13 +41,16 @@ def train_each(
 
     def make_task(rows: Any, scratch: Path) -> Any:
         import ray.train
+        import torch
 
         from clinkd.train.loop import Worker
 
         context = ray.train.get_context()
         for number, job in enumerate(before):
+            torch.manual_seed(job.seed)  # as each has it when it is the only one
             task = job.make_task(rows, scratch / str(number))
             Worker(job, task, context.get_world_rank(), context.get_world_size()).run()
+        torch.manual_seed(last.seed)
         return last.make_task(rows, scratch)
 
     rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
