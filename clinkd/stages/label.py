@@ -59,21 +59,17 @@ def label(run: Run) -> Artifact:
     return run.stage("label", ["prepare", "teacher"], settings, make, version=2)
 
 
-def states_along_truth(run: Run, model: Path, records: list[dict[str, Any]], out: Path, title: str) -> int:
+def states_along_truth(run: Run, model: Path, records: list[dict[str, Any]], out: Path, title: str) -> None:
     """What ``model`` says along the answers of ``records`` of one turn each, as a list that ``TeacherCache``
     reads; its samples are named as the records are. What the store has is not asked again.
-
-    Returns:
-        How often the model ran.
     """
     import ray.data
 
     out.mkdir(parents=True, exist_ok=True)
     spec = replace(_spec(run, model), hidden_share=0.0)
     rows = ray.data.from_items(records, override_num_blocks=min(run.blocks, len(records)))
-    samples, passes = _ask(run, spec, rows, title, len(records))
+    samples, _ = _ask(run, spec, rows, title, len(records))
     _keep(spec, [(sample[0].removesuffix("#0"), *sample[1:]) for sample in samples], out)
-    return passes
 
 
 def _keep(spec: LabelSpec, samples: list[tuple[str, str, str, bool]], out: Path) -> Any:
