@@ -7,7 +7,8 @@ Decisions:
   control tokens are taken out (one of them would end the corrector's turn) and a loop is cut short.
 - The instructions hold no tag themselves: every ``<box>`` of the prompt is a box.
 - A good correction keeps the truth and adds what helps to see it. What follows from a truth's box alone is
-  the part of the image it lies in, so that is what an exercise asks a small corrector to add.
+  the part of the image it lies in, so that is what an exercise asks a small corrector to add. Not to a
+  classification: its answer is a name, and a student that learns to say more there names worse.
 """
 
 from __future__ import annotations
@@ -35,17 +36,13 @@ def correction_prompt(question: str, truth: str, wrong: str) -> str:
     )
 
 
-def elaborated(task: str, question: str, truth: str) -> str | None:
-    """``truth`` with the part of the image that its one box lies in; None where nothing is to be added."""
-    boxes = parse_boxes(truth if task == "vg" else question, strict=False)
-    if len(boxes) != 1 or task not in ("vg", "roc"):
+def elaborated(task: str, truth: str) -> str | None:
+    """A grounding's ``truth`` with the part of the image its one box lies in; None where nothing is added."""
+    boxes = parse_boxes(truth, strict=False)
+    if task != "vg" or len(boxes) != 1:
         return None
     where = f"the {place(boxes[0])} of the image"
-    if where in truth:
-        return None
-    if task == "roc":
-        return f"{truth.strip().rstrip('.')}, in {where}"
-    return f"In {where}: {truth.strip()}"
+    return None if where in truth else f"In {where}: {truth.strip()}"
 
 
 def _shown(wrong: str) -> str:

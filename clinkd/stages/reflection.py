@@ -55,7 +55,7 @@ def reflect(run: Run) -> Artifact:
         with Desks.of(run) as desks:
             return _Stage(run, draft, desks).run_all()
 
-    return run.stage("reflect", ["prepare", "guide", "teacher", "distill"], settings, make, version=2)
+    return run.stage("reflect", ["prepare", "guide", "teacher", "distill"], settings, make, version=3)
 
 
 def right_now(run: Run, answered: list[dict[str, Any]]) -> dict[str, bool]:

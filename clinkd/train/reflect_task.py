@@ -83,7 +83,9 @@ class ReflectTask(SupervisedTask):
     """The full training data with shares of feedback and of replay.
 
     A group of the ledger is, with probability ``share``, replaced by one that feedback is about, and with
-    probability ``replay`` by one of what was right.
+    probability ``replay`` by one of what was right. Either brings as many turns as the group it replaces: its
+    own first, then others of the same record, which keep a batch at its size and what is known of the image
+    beside what was not.
     """
 
     def __init__(
@@ -135,10 +137,15 @@ class ReflectTask(SupervisedTask):
     def _instead(self, group: Group, rng: np.random.Generator) -> Group:
         drawn = rng.random()
         if drawn < self.share:
-            return self.groups[int(rng.integers(len(self.groups)))]
-        if drawn < self.share + self.replay:
-            return self.right[int(rng.integers(len(self.right)))]
-        return group
+            groups = self.groups
+        elif drawn < self.share + self.replay:
+            groups = self.right
+        else:
+            return group
+        record, turns = groups[int(rng.integers(len(groups)))]
+        others = [turn for turn in range(len(self.table.turns(record))) if turn not in turns]
+        ordered = [*rng.permutation(turns).tolist(), *rng.permutation(others).tolist()]
+        return record, tuple(ordered[: len(group[1])])
 
 
 EXERCISES_FROM = 0.8
@@ -166,7 +173,7 @@ class TeacherTask(SupervisedTask):
             return self.encoded(record, turn)
         asked = self.table.turns(record)[turn]
         wrong = self._another(asked["task"], int(rng.integers(len(self.ids))))
-        target = elaborated(asked["task"], asked["question"], asked["answer"])
+        target = elaborated(asked["task"], asked["answer"])
         if wrong is None or target is None:
             return self.encoded(record, turn)
         prompt = correction_prompt(asked["question"], asked["answer"], wrong)

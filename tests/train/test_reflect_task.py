@@ -57,10 +57,14 @@ def test_a_share_of_the_groups_is_about_feedback_and_a_share_about_what_was_righ
 ) -> None:
     feedback = Feedback({"p0#1": "Mended."}, share=0.3, right=["p5#0", "p5#2"], replay=0.5)
     task = ReflectTask(Rows(rows), tmp_path, spec(folder), feedback)
-    own = (2, (0,))
+    own = (2, (0, 1, 2))
     dealt = [task._instead(own, np.random.default_rng(number)) for number in range(600)]
-    counts = [dealt.count(group) for group in ((0, (1,)), (5, (0, 2)), own)]
+    counts = [sum(group[0] == record for group in dealt) for record in (0, 5, 2)]
     assert sum(counts) == 600 and counts == pytest.approx([180, 300, 120], abs=45)
+    assert {len(group[1]) for group in dealt} == {3}  # a batch keeps its size
+    wrong, had_right = ([turns for record, turns in dealt if record == number] for number in (0, 5))
+    assert all(turns[0] == 1 and len(set(turns)) == 3 for turns in wrong)  # beside others of the same image
+    assert all(set(turns[:2]) == {0, 2} for turns in had_right)
     first, second = (task.batch([own] * 4, 7, 9)[0]["input_ids"] for _ in range(2))
     assert torch.equal(first, second)  # a resumed run draws the same
 
@@ -68,7 +72,8 @@ def test_a_share_of_the_groups_is_about_feedback_and_a_share_about_what_was_righ
 def test_what_was_wrong_is_learned_by_the_chosen_text(rows, folder, tmp_path) -> None:
     task = ReflectTask(Rows(rows), tmp_path, spec(folder), Feedback({"p0#1": "Mended."}, share=1.0))
     inputs, _ = task.batch([(3, (0,)), (4, (0, 1))], 0, 9)
-    assert said(task, inputs) == ["Mended.", "Mended."] and "soft_rows" not in inputs
+    assert len(said(task, inputs)) == 3 and said(task, inputs).count("Mended.") == 2
+    assert "soft_rows" not in inputs
     none = ReflectTask(Rows(rows), tmp_path / "none", spec(folder), Feedback({}, share=1.0, replay=0.0))
     assert len(none.batch([(3, (0,)), (4, (0, 1))], 0, 9)[0]["labels"]) == 3  # as the ledger dealt
 
@@ -132,13 +137,13 @@ def test_a_teachers_exercises_ask_for_the_truth_with_where_it_is(rows, folder, t
             prompt, answer = task.row(2, number, step, 40)
             text = task.tokenizer.decode(answer).removesuffix("<|im_end|>")
             posed = "A wrong first answer:" in task.tokenizer.decode(prompt)
-            more = elaborated(asked["task"], asked["question"], asked["answer"])
+            more = elaborated(asked["task"], asked["answer"])
             assert text == to_qwen(more if posed and more else asked["answer"])
             assert (prompt, answer) == task.row(2, number, step, 40)
             shown += posed
             assert not posed or step >= 32  # first it learns to look
             assert not (posed and more is None)
-    can = sum(elaborated(t["task"], t["question"], t["answer"]) is not None for t in rows[2]["turns"])
+    can = sum(elaborated(t["task"], t["answer"]) is not None for t in rows[2]["turns"])
     assert can > 0 and 0 < shown < 8 * can
     none = TeacherTask(Rows(rows), tmp_path / "none", spec(folder), exercises=0.0, seed=0)
     assert none.row(2, 0, 39, 40) == none.encoded(2, 0)
