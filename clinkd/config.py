@@ -187,6 +187,18 @@ class ParameterSpace(Section):
         return self
 
 
+class SinksSection(Section):
+    """Where a run's numbers go beside metrics.jsonl; numbers and settings only, no texts and no names."""
+
+    tensorboard: bool = Field(False, description="event files in runs/NAME/tensorboard")
+    mlflow: str | None = Field(
+        None, description="tracking URI (http://, sqlite:///) or a folder; experiment 'clinkd'"
+    )
+    wandb: str | None = Field(
+        None, description="Weights & Biases project; WANDB_MODE=offline keeps it in runs/NAME/wandb"
+    )
+
+
 class SweepSection(Section):
     """Ray Tune with Optuna over any keys of this configuration."""
 
@@ -212,6 +224,7 @@ class RunConfig(Section):
     reflect: ReflectSection = ReflectSection()
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
+    sinks: SinksSection = SinksSection()
     sweep: SweepSection = SweepSection()
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,11 @@ class Progress:
         live: a bar that moves; None asks the stream whether it is a terminal.
         interval: fewest seconds between plain lines.
         clock: seconds, for tests.
+
+    ``also`` may be set to a function that gets every line of metrics.jsonl, whoever wrote it.
     """
+
+    also: Callable[[Mapping[str, Any]], None] | None = None
 
     def __init__(
         self,
@@ -130,6 +134,8 @@ class Progress:
     def show(self, line: dict[str, Any], record: bool) -> None:
         """A line of a worker's metrics.jsonl: a step is shown; of other lines nothing is but kept."""
         with self._lock:
+            if not record and self.also is not None:
+                self.also(line)
             step, stage = line.get("step"), line.get("stage", self._stage)
             if not isinstance(step, int) or "event" in line:
                 if record:
@@ -163,6 +169,8 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def _append(self, line: dict[str, Any]) -> None:
+        if self.also is not None:
+            self.also(line)
         if self.metrics is None:
             return
         self.metrics.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ SMALL = [
     "sft.steps=4", "rope.gamma=0.5", "distill.optim.steps=4", "reflect.optim.steps=4", "reflect.samples=12",
     "reflect.validation=16", "reflect.budget=4", "reflect.candidates=2", "reflect.similarity=rouge",
     "evaluate.text_metrics=false", "evaluate.max_new_tokens=12", "compute.checkpoint_every=2",
+    "sinks.tensorboard=true",
 ]  # fmt: skip
 
 

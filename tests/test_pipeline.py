@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import CONFIG, SMALL, clinkd, lines, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,12 @@ def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> 
     assert [row["id"] for row in predictions] == list(range(len(predictions)))
     stages = {line["stage"] for line in lines(run / "metrics.jsonl")}
     assert {"prepare", "guide", "teacher", "label", "distill", "reflect", "evaluate"} <= stages
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("distill/loss")] == [1, 2, 3, 4]
+    assert events.Scalars("evaluate/test/vg/recall_at_50")[0].value == pytest.approx(
+        result["vg"]["mean"]["recall_at_50"]
+    )
     page = (run / "report.html").read_text()
     assert "The run's own parameters were not given." not in page
     assert "distill" in page and "Loss certificate: passed" in page

@@ -25,6 +25,7 @@ from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
 from clinkd.data.codec import MODEL_SPELLING
 from clinkd.progress import Progress
+from clinkd.sinks import check_sinks, open_sinks
 
 
 @dataclass
@@ -90,6 +91,7 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
 
     storage.configure(config.data.endpoint_url)
     check_inputs(config)
+    check_sinks(config)
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", to_yaml(config))
@@ -100,11 +102,13 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
                 "in time; give run.root=/a/folder/that/stays"
             )
         run = Run(config, progress, Store(Path(config.run.root) / "artifacts", progress.say))
-        try:
-            yield run
-        finally:
-            if run._connected:
-                cluster.disconnect()
+        with open_sinks(config, folder, progress.say) as sinks:
+            progress.also = sinks.line
+            try:
+                yield run
+            finally:
+                if run._connected:
+                    cluster.disconnect()
 
 
 def check_inputs(config: RunConfig) -> None:

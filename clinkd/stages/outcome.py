@@ -31,6 +31,8 @@ GUIDE = "guide"  # the guide's folder in the kept model's
 
 def evaluate(run: Run, model: str) -> Artifact:
     """Answers of the model that stage ``model`` made, on the test split, scored."""
+    from clinkd.data.records import TASKS
+
     options = run.config.evaluate
     settings = options.model_dump(exclude={"batch_size"})
 
@@ -40,6 +42,9 @@ def evaluate(run: Run, model: str) -> Artifact:
         write_whole(draft.path / "eval.json", json.dumps(result, indent=1))
         means = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
         run.progress.finish(**means)
+        run.progress.record(
+            stage="evaluate", event="test", **{task: result[task]["mean"] for task in TASKS}
+        )
         return {"predictions": len(lines)} | means
 
     artifact = run.stage("evaluate", ["prepare", "guide", model], settings, make)
