@@ -290,11 +290,14 @@ def default_commands(name: str) -> list[tuple[str, str]]:
 
 
 def pairs(facts: Mapping[str, Any]) -> str:
-    """Counts and facts in a line: "rows 1,200, quarantined 3"; inner tables as JSON."""
+    """Counts and facts in a line: "rows 1,200, quarantined 3", inner tables in parentheses."""
     said = []
     for key, value in list(facts.items())[:16]:
-        text = json.dumps(value, default=str) if isinstance(value, (dict, list)) else cell(value)
-        said.append(f"{str(key).replace('_', ' ')} {gallery.clip(text, 120)}")
+        if isinstance(value, Mapping):
+            text = f"({pairs(value)})"
+        else:
+            text = json.dumps(value, default=str) if isinstance(value, list) else cell(value)
+        said.append(f"{str(key).replace('_', ' ')} {gallery.clip(text, 160)}")
     return ", ".join(said)
 
 

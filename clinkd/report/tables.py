@@ -4,8 +4,7 @@ Decisions:
 - Values are fractions inside and percent on the page, CIDEr apart (it runs to 10 and is printed as it is).
 - A column shows one metric for all its rows: the published one when it was measured, else the next best, by
   name.
-- An interval is looked for in the honest part under a few spellings; a report without one says so and judges
-  by the value alone.
+- A task without an interval in the honest part is judged by its value alone, and the report says so.
 - Everything may be missing. What is missing becomes None here and a sentence on the page.
 """
 
@@ -104,58 +103,21 @@ def headline(task: str, part: Mapping[str, Any]) -> str:
 
 
 def find_interval(honest: Mapping[str, Any], metric: str) -> Interval | None:
-    """The 95% interval of a metric in the honest part: {low, high} or a pair, under the usual spellings."""
-    tails = ("", "_ci", "_ci95", "_ci_95", "_interval", "_interval_95")
-    groups = (
-        "",
-        "mean",
-        "intervals",
-        "interval",
-        "interval_95",
-        "ci",
-        "ci95",
-        "ci_95",
-        "bootstrap",
-        "bootstrap_95",
-    )
-    for group in groups:
-        inside = mapping(honest.get(group)) if group else honest
-        for tail in tails:
-            found = _as_interval(inside.get(metric + tail))
-            if found is not None:
-                point = number(honest.get(metric)) if found.point is None else found.point
-                return Interval(found.low, found.high, point)
-    return None
+    """The 95% interval of a metric in the honest part: of the published mean where it has one."""
+    return _as_interval(honest.get(f"{metric}_published")) or _as_interval(honest.get(metric))
 
 
 def _as_interval(value: object) -> Interval | None:
-    point = None
-    if isinstance(value, Mapping):
-        point = next(
-            (
-                p
-                for key in ("value", "mean", "point", "estimate")
-                if (p := number(value.get(key))) is not None
-            ),
-            None,
-        )
-        inner = next(
-            (value[key] for key in ("ci", "ci95", "ci_95", "interval", "interval_95") if key in value), None
-        )
-        value = inner if inner is not None else (value.get("low"), value.get("high"))
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        low, high = number(value[0]), number(value[1])
-        if low is not None and high is not None:
-            return Interval(low, high, point)
-    return None
+    """Of {value, low, high}."""
+    found = mapping(value)
+    low, high = number(found.get("low")), number(found.get("high"))
+    return None if low is None or high is None else Interval(low, high, number(found.get("value")))
 
 
 def why_missing(task: str, part: Mapping[str, Any], metric: str) -> str:
     """The reason eval.json gives for a metric that is not there, or that it gives none."""
-    listed = mapping(part.get("reasons"))
-    keys = (f"{metric}_reason", "reason", "error", "text_reason", "meteor_reason", "spice_reason")
-    reasons = [listed.get(key) for key in (metric, "text", "meteor")] + [part.get(key) for key in keys]
-    given = next((str(reason) for reason in reasons if reason), "")
+    keys = ("text_reason", f"{metric}_reason", "meteor_reason", "spice_reason")
+    given = next((str(part[key]) for key in keys if part.get(key)), "")
     return given or f"The evaluation holds no {METRIC_NAMES[metric]} for {TASK_NAMES[task]}."
 
 
@@ -261,19 +223,13 @@ def text_table(task: str, part: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"metrics": [(metric, METRIC_NAMES[metric]) for metric in shown], "rows": rows}
 
 
-def honest_rows(honest: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float, Interval | None]]:
-    """The honest numbers flattened to (name, value, interval), intervals not listed again."""
-    rows: list[tuple[str, float, Interval | None]] = []
-    for key, value in honest.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        interval = _as_interval(value) if isinstance(value, Mapping) else find_interval(honest, str(key))
-        plain = number(value)
-        if plain is None and isinstance(value, Mapping) and interval is not None:
-            plain = interval.point
-        if plain is not None:
-            rows.append((name, plain, interval))
-        elif isinstance(value, Mapping) and not any(_as_interval(inner) for inner in value.values()):
-            rows.extend(honest_rows(value, f"{name} · "))
+def honest_rows(honest: Mapping[str, Any]) -> list[tuple[str, float, Interval | None]]:
+    """The honest numbers that were measured as (name, value, interval)."""
+    rows = []
+    for key, found in honest.items():
+        value = number(mapping(found).get("value"))
+        if value is not None:
+            rows.append((str(key).replace("_", " "), value, _as_interval(found)))
     return rows[:80]
 
 

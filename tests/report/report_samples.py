@@ -166,8 +166,8 @@ def evaluation() -> dict[str, Any]:
             "skipped": {"no_target": 3},
             "honest": {
                 "recall_at_50": {"value": 0.57, "low": 0.51, "high": 0.63},
-                "iou_mean": 0.52,
-                "no_box_rate": 0.01,
+                "iou_mean": {"value": 0.52, "low": 0.48, "high": 0.55},
+                "no_box_rate": {"value": 0.01, "low": None, "high": None},
             },
         },
         "roc": {
@@ -175,7 +175,7 @@ def evaluation() -> dict[str, Any]:
             "modalities": roc,
             "rows": 160,
             "skipped": {},
-            "honest": {"whole_word": 0.64},
+            "honest": {"recall_whole_word": {"value": 0.64, "low": 0.6, "high": 0.68}},
         },
         "rc": {
             "mean": mean,

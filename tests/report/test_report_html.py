@@ -61,7 +61,7 @@ def test_it_answers_first_whether_the_student_is_better_and_by_how_much(report: 
     start = text.index("Is the student better than the baselines?")
     said = text[start : text.index("Four tasks, eight modalities")]
     assert "Yes, than both." in said
-    assert "57.5% against 6.0%, +51.5 points (95% interval 51.0 to 63.0)" in said
+    assert "57.5% (95% interval 51.0 to 63.0) against 6.0%, +51.5 points." in said
     assert "no interval for referring object classification" in said
 
 
@@ -197,7 +197,7 @@ def test_without_java_the_reason_stands_where_the_numbers_would(tmp_path: Path):
     scores["rc"] = scores["mia"] = {
         "mean": {"bleu_1": None},
         "modalities": {},
-        "reason": "Java is not installed.",
+        "text_reason": "Java is not installed.",
     }
     _, found = made(whole_run(evaluation=scores), tmp_path)
     assert "There are no text metrics for referring captioning. Java is not installed." in " ".join(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_samples import evaluation
 
+from clinkd.evaluate.score import score_task
 from clinkd.report import tables
 from clinkd.report.tables import Interval
 
@@ -32,22 +31,21 @@ def test_the_verdict_claims_no_more_than_the_interval_allows(value, baseline, in
     assert tables.verdict(value, baseline, interval) == said
 
 
-@pytest.mark.parametrize(
-    "honest",
-    [
-        {"recall": {"value": 0.6, "low": 0.5, "high": 0.7}},
-        {"recall": 0.6, "recall_ci95": [0.5, 0.7]},
-        {"recall": 0.6, "intervals": {"recall": [0.5, 0.7]}},
-        {"recall": 0.6, "bootstrap": {"recall": {"low": 0.5, "high": 0.7}}},
-        {"recall": {"mean": 0.6, "ci": (0.5, 0.7)}},
-    ],
-)
-def test_intervals_are_found_under_the_usual_spellings(honest):
-    assert tables.find_interval(honest, "recall") == Interval(0.5, 0.7, 0.6)
+@pytest.mark.parametrize(("task", "metric"), [("vg", "recall_at_50"), ("roc", "recall")])
+def test_the_interval_is_that_of_the_published_mean(task, metric):
+    box = "<box>(10,10),(400,400)</box>"
+    rows = [
+        {"image": f"ct_00--P--{at}--2d.png", "annotation": box, "response": box if at % 3 else "no"}
+        for at in range(60)
+    ]
+    result = score_task(task, rows)
+    found = tables.find_interval(result["honest"], metric)
+    assert found is not None and found.point == pytest.approx(result["mean"][metric])
+    assert found.low < found.point < found.high
 
 
 @pytest.mark.parametrize(
-    "honest", [{}, {"recall": 0.6}, {"recall": [0.5, math.nan]}, {"recall": "high"}, {"recall": {"low": 1}}]
+    "honest", [{}, {"recall": 0.6}, {"recall": [0.5, 0.7]}, {"recall": "high"}, {"recall": {"low": 1}}]
 )
 def test_no_interval_is_made_up(honest):
     assert tables.find_interval(honest, "recall") is None
@@ -75,7 +73,9 @@ def test_a_modality_without_targets_is_empty_not_zero():
 
 
 def test_a_missing_metric_gives_the_evaluations_own_reason():
-    assert tables.why_missing("rc", {"reasons": {"meteor": "no Java on PATH"}}, "meteor") == "no Java on PATH"
+    part = {"spice_reason": "no jars", "text_reason": None, "meteor_reason": "METEOR ended"}
+    assert tables.why_missing("rc", part, "spice") == "no jars"
+    assert tables.why_missing("rc", part | {"text_reason": "no Java on PATH"}, "spice") == "no Java on PATH"
     assert "no SPICE for referring captioning" in tables.why_missing("rc", {}, "spice")
 
 
