@@ -227,12 +227,6 @@ class RunConfig(Section):
     sinks: SinksSection = SinksSection()
     sweep: SweepSection = SweepSection()
 
-    @model_validator(mode="after")
-    def _possible(self) -> RunConfig:
-        if self.teacher.exercises and self.feed.mode == "stream":
-            raise ValueError("teacher.exercises above 0 needs feed.mode: table, a stream has none")
-        return self
-
     @property
     def student_seed(self) -> int:
         return self.run.seed if self.run.student_seed is None else self.run.student_seed

@@ -112,10 +112,3 @@ class TeacherSection(Section):
     )
     tiny: TinySection = TinySection(layers=4)
     train_vision: bool = True
-    exercises: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of the turns in the last fifth of its training that are exercises in correcting "
-        "an answer, for a teacher made here that is to be the corrector of reflection",
-    )

@@ -106,6 +106,11 @@ class ReflectSection(Section):
     corrector: str | None = Field(
         None, description="folder of the model that corrects, of the Qwen2-VL family; none: the teacher"
     )
+    exercises: OptimSection | None = Field(
+        None,
+        description="training that makes a corrector of the teacher, half of the questions being exercises "
+        "in correcting; none: the teacher corrects as it is",
+    )
     samples: int = Field(512, ge=1, description="training samples the student answers in a round")
     candidates: int = Field(4, ge=1, description="corrections the corrector samples for each miss")
     budget: int = Field(256, ge=1, description="most misses corrected in a round, the worst first")
@@ -135,4 +140,6 @@ class ReflectSection(Section):
     def _whole(self) -> ReflectSection:
         if self.share + self.replay > 1:
             raise ValueError(f"share ({self.share}) and replay ({self.replay}) are more than 1 together")
+        if self.corrector is not None and self.exercises is not None:
+            raise ValueError("give either corrector, a model that can correct, or exercises for the teacher")
         return self

@@ -105,7 +105,7 @@ def test_the_students_own_answers_need_a_teacher_that_is_there(tmp_path: Path) -
     ("text", "said"),
     [
         ("reflect: {share: 0.7, replay: 0.4}\n", "more than 1 together"),
-        ("teacher: {exercises: 0.1}\nfeed: {mode: stream}\n", "needs feed.mode: table"),
+        ("reflect: {corrector: some, exercises: {steps: 9}}\n", "either corrector"),
         ("reflect: {target: texts}\n", "reflect.target"),
     ],
 )

@@ -23,6 +23,8 @@ def _stages(config: RunConfig) -> Iterator[str]:
     stages: list[tuple[str, OptimSection]] = [("distill", config.distill.optim)]
     if config.teacher.path is None:
         stages.insert(0, ("teacher", config.sft))
+    if rounds and config.reflect.exercises is not None:
+        stages.append(("corrector", config.reflect.exercises))
     stages += [(f"reflect-{number}", config.reflect.optim) for number in range(1, rounds + 1)]
     yield f"{'stage':12}{'steps':>22}{'images a step':>16}{'questions a step':>18}"
     for name, optim in stages:

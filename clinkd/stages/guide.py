@@ -40,8 +40,6 @@ def guide(run: Run) -> Artifact:
         "path": config.teacher.path, "vision": config.model.vision.model_dump(),
         "vocab_size": config.model.vocab_size, "seed": config.run.seed,
     } | pixel_limits(config)  # fmt: skip
-    if config.teacher.exercises:  # their words are in the tokenizer
-        settings["exercises"] = True
     if config.guide.path:
         settings["encoder"] = content_digest(Path(config.guide.path))
 
@@ -60,7 +58,7 @@ def guide(run: Run) -> Artifact:
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make, version=3)
+    return run.stage("guide", ["prepare"], settings, make, version=4)
 
 
 def _none(draft: Draft) -> dict[str, Any]:

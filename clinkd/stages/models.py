@@ -31,13 +31,13 @@ def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None, see
     )  # fmt: skip
     folder = draft.work / "start"
     if not (folder / "config.json").is_file():
-        texts = _training_text(run.done["prepare"].path, run.config.teacher.exercises > 0)
+        texts = _training_text(run.done["prepare"].path)
         write_new_model(texts, size, folder, vocab_size=run.config.model.vocab_size, seed=seed)
     return folder
 
 
-def _training_text(data: Path, exercises: bool) -> Iterator[str]:
-    """What the tokenizer is made of; ``exercises``: of the corrector's instructions too."""
+def _training_text(data: Path) -> Iterator[str]:
+    """What the tokenizer is made of: questions, answers, and what a corrector is told."""
     from clinkd.data.boxes import to_qwen
     from clinkd.data.correction import correction_prompt
     from clinkd.data.shards import samples
@@ -45,7 +45,7 @@ def _training_text(data: Path, exercises: bool) -> Iterator[str]:
     for number, sample in enumerate(samples(data, "train")):
         yield to_qwen(sample["question"])
         yield to_qwen(sample["answer"])
-        if exercises and number % 4 == 0:
+        if number % 4 == 0:
             yield correction_prompt("", "", "")
 
 

@@ -3,8 +3,8 @@
 Decisions:
 - Every round keeps what it made in its own folder: answers and candidates part by part, the feedback, the
   model, the answers after. A run that was killed goes on with the first piece that is missing.
-- The corrector is the teacher, or the model that is named: it sees the question, the truth and the wrong
-  answer, and samples candidates.
+- The corrector is the teacher, one made of it by exercises, or the model that is named: it sees the question,
+  the truth and the wrong answer, and samples candidates.
 - After a round the student answers the round's questions again, and the validation split: how many errors are
   left there decides whether another round begins, and which round's model is kept (none: the one before).
 """
@@ -23,7 +23,7 @@ from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.asking import Desks
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import lora_settings, scores, teacher_folder, vqa_spec
-from clinkd.stages.training import train, turn_counts
+from clinkd.stages.training import corrector, train, turn_counts
 
 if TYPE_CHECKING:
     from clinkd.evaluate.predict import PredictSpec
@@ -48,6 +48,9 @@ def reflect(run: Run) -> Artifact:
     } | lora_settings(config)  # fmt: skip
     if config.reflect.corrector is not None:
         settings["corrector"] = content_digest(Path(config.reflect.corrector))
+    read = ["prepare", "guide", "teacher", "distill"]
+    if corrector(run) is not None:
+        read.append("corrector")
     if config.reflect.target == "distribution":
         settings["method"] = _method(run)
 
@@ -55,7 +58,7 @@ def reflect(run: Run) -> Artifact:
         with Desks.of(run) as desks:
             return _Stage(run, draft, desks).run_all()
 
-    return run.stage("reflect", ["prepare", "guide", "teacher", "distill"], settings, make, version=3)
+    return run.stage("reflect", read, settings, make, version=3)
 
 
 def right_now(run: Run, answered: list[dict[str, Any]]) -> dict[str, bool]:
@@ -182,7 +185,9 @@ class _Stage:
 
     @cached_property
     def _corrector(self) -> Path:
-        given = self.run.config.reflect.corrector
+        given, done = self.run.config.reflect.corrector, self.run.done
+        if "corrector" in done:
+            return (done["corrector"].path / "model").resolve()
         return (Path(given) if given else teacher_folder(self.run)).resolve()
 
     def _collect(

@@ -22,7 +22,7 @@ from clinkd.progress import tail_metrics
 from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.certificate import method_of, stamp
-from clinkd.stages.models import pixel_limits, student_start, teacher_rope, vqa_spec
+from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
 from clinkd.stages.online import distill_settings, online_spec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def teacher(run: Run) -> Artifact:
     } | streamed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.reflect_task import TeacherTask
+        from clinkd.train.tasks import SupervisedTask
 
         zero = compute.zero_stage if compute.teacher_zero_stage is None else compute.teacher_zero_stage
         start = run.done["guide"].path / "model"
@@ -61,12 +61,41 @@ def teacher(run: Run) -> Artifact:
             return train_streamed(run, draft, "teacher", optim, zero, spec)
         return train(
             run, draft, "teacher", optim, zero,
-            lambda rows, scratch: TeacherTask(
-                rows, scratch, spec, config.teacher.exercises, config.run.seed, zero
-            ),
+            lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
         )  # fmt: skip
 
     return run.stage("teacher", ["prepare", "guide"], settings, make)
+
+
+def corrector(run: Run) -> Artifact | None:
+    """A corrector made of the teacher by exercises; None where none is asked for.
+
+    A teacher that is given exercises itself learns to copy a box from its prompt in the place of looking: on
+    phantoms its students' VG Recall@0.5 was .25 with exercises from its first step and .33 with them in its
+    last fifth, against .60.
+    """
+    config = run.config
+    optim = config.reflect.exercises
+    if optim is None:
+        return None
+    settings = {
+        "optim": optim.model_dump(), "seed": config.run.seed, "precision": config.compute.precision,
+    } | pixel_limits(config)  # fmt: skip
+
+    def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.reflect_task import ExerciseTask
+
+        zero = config.compute.zero_stage
+        spec = vqa_spec(
+            run, teacher_folder(run), teacher_rope(), train_vision=False,
+            coordinate_weight=optim.coordinate_weight,
+        )  # fmt: skip
+        return train(
+            run, draft, "corrector", optim, zero,
+            lambda rows, scratch: ExerciseTask(rows, scratch, spec, config.run.seed, zero),
+        )  # fmt: skip
+
+    return run.stage("corrector", ["prepare", "teacher"], settings, make)
 
 
 def streamed(config: RunConfig) -> dict[str, Any]:

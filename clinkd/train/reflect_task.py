@@ -1,4 +1,4 @@
-"""What the rounds of reflection train on, and the exercises that make a teacher trained here a corrector."""
+"""What the rounds of reflection train on, and the exercises that make a corrector of a teacher."""
 
 from __future__ import annotations
 
@@ -148,28 +148,24 @@ class ReflectTask(SupervisedTask):
         return record, tuple(ordered[: len(group[1])])
 
 
-EXERCISES_FROM = 0.8
-"""Share of a teacher's steps after which its exercises begin."""
+EXERCISES = 0.5
+"""Share of a corrector's turns that stand as exercises; the others keep it able to look."""
 
 
-class TeacherTask(SupervisedTask):
-    """The true answers; a share of the turns stands as an exercise in correcting.
+class ExerciseTask(SupervisedTask):
+    """The true answers; half of the turns stand as an exercise in correcting.
 
     An exercise shows the truth and an answer to another image's question of the same task, as the corrector
-    will be shown them, and asks for the truth with where it is (``elaborated``). Its box can be copied from
-    the prompt: a teacher that is given exercises from the start learns to copy before it learns to look (on
-    phantoms its students' VG Recall@0.5 was .25 in the place of .60), so they wait for the last steps.
+    will be shown them, and asks for the truth with where it is (``elaborated``).
     """
 
-    def __init__(
-        self, rows: Any, scratch: Path, spec: VqaSpec, exercises: float, seed: int, zero_stage: int = 0
-    ) -> None:
+    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, seed: int, zero_stage: int = 0) -> None:
         super().__init__(rows, scratch, spec, zero_stage)
-        self.exercises, self.seed = exercises, seed
+        self.seed = seed
 
     def row(self, record: int, turn: int, step: int, total: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, step, record, turn])
-        if step < EXERCISES_FROM * total or rng.random() >= self.exercises:
+        if rng.random() >= EXERCISES:
             return self.encoded(record, turn)
         asked = self.table.turns(record)[turn]
         wrong = self._another(asked["task"], int(rng.integers(len(self.ids))))

@@ -1,4 +1,5 @@
-"""A sweep: many (distill, evaluate) over one shared guide, teacher and cache, by Ray Tune with Optuna.
+"""A sweep: many (distill, evaluate) over one shared guide, teacher and cache, by Ray Tune with Optuna; where
+the space holds keys of reflection, a trial reflects too.
 
 Decisions:
 - What trials share is built before the first of them, by the stages themselves; a trial finds it in the
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 from clinkd.config import ConfigError, RunConfig, check_config, with_values
 from clinkd.stages import outcome, pipeline, training
 from clinkd.stages.base import Run, open_run, write_whole
+from clinkd.stages.reflection import reflect
 from clinkd.tune.space import check_space, suggest
 
 
@@ -38,6 +40,8 @@ def sweep(config: RunConfig) -> list[dict[str, Any]]:
     check_space(config)
     with open_run(config) as run:
         pipeline.share(run)
+        if _reflects(config.sweep.space, config):
+            training.corrector(run)
         run.connect()
         rows = _tune(run)
         write_whole(run.folder / "sweep.json", json.dumps(rows, indent=1))
@@ -61,13 +65,21 @@ def concurrent_trials(config: RunConfig, cpus: float, data_cpus: float = 0.0) ->
 def run_trial(values: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     """One trial: distills and evaluates a student with these values; runs in a process of Ray Tune's."""
     config = trial_config(values, check_config(base, "sweep"))
+    reflects = _reflects(values, config)
     with open_run(config, stream=open(os.devnull, "w")) as run:
         pipeline.share(run)
         training.distill(run)
-        outcome.evaluate(run, "distill")
+        if reflects:
+            reflect(run)
+        outcome.evaluate(run, "reflect" if reflects else "distill")
         result = json.loads((run.folder / "eval.json").read_text())
     vg, roc = result["vg"]["mean"]["recall_at_50"], result["roc"]["mean"]["recall"]
     return {"vg": vg, "roc": roc, "score": (vg + roc) / 2}
+
+
+def _reflects(keys: Iterable[str], config: RunConfig) -> bool:
+    """Whether a trial reflects: it takes minutes, so only where its keys ask for it."""
+    return config.reflect.rounds > 0 and any(key.startswith("reflect.") for key in keys)
 
 
 def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
