@@ -4,7 +4,7 @@
 
 Both sides train the same model (text of 4 layers x 256; phantoms) on the same batches of the same ledger in
 the same order, with torch's AdamW, the same groups, clipping and schedule, on one process with as many
-threads. Ours is ``clinkd.train.loop.fit`` with one worker, for each ZeRO stage; the bare loop runs in a
+threads. Ours is ``clinkd.train.crew.Crew`` with one worker, for each ZeRO stage; the bare loop runs in a
 process of its own, without Ray or DeepSpeed, and makes its batches with the same task. Ray is started before
 each of our runs and gone before the next bare one.
 
@@ -103,7 +103,8 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
 
     from clinkd import cluster
     from clinkd.config import ComputeSection
-    from clinkd.train.loop import TrainJob, fit
+    from clinkd.train.crew import Crew
+    from clinkd.train.loop import TrainJob
 
     for module in (
         phantom_task,
@@ -119,7 +120,7 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
     def make_task(rows: Any, scratch: Path) -> Any:
         from clinkd.train import loop
 
-        loop.Worker = timed_worker(loop.Worker, out)  # run_worker, which called this, makes one next
+        loop.Worker = timed_worker(loop.Worker, out)  # run_job, which called this, makes one next
         return phantom_task.task(rows_of(rows), model, scratch)
 
     def rows_of(rows: Any) -> Any:
@@ -128,10 +129,12 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
         return pa.concat_tables(rows.iter_batches(batch_format="pyarrow", batch_size=None))
 
     job = TrainJob(
-        "bench", make_task, options(chosen), compute, zero, chosen.warm + chosen.steps, seed=0, out=str(out)
-    )
+        "bench", make_task, options(chosen), compute, zero, chosen.warm + chosen.steps, seed=0, out=str(out),
+        work=str(out / "work"),
+    )  # fmt: skip
     cluster.connect(workers=1, cpus_per_worker=chosen.threads)
-    fit(job, ray.data.from_arrow(table), out / "work")
+    with Crew(compute, out / "crew") as crew:
+        crew.fit(job, ray.data.from_arrow(table))
     cluster.disconnect()
 
 

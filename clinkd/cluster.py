@@ -23,8 +23,8 @@ TRAIN_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
-    # Ray Train's controller looks every 2 s by default, and every report waits for that look.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Ray Train's controller looks every 2 s by default, and a crew's end waits for that look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # The default of 60 s is short for workers that import torch and DeepSpeed on a busy machine.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
@@ -71,6 +71,11 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
         )
 
 
+def started_here() -> bool:
+    """Whether Ray runs on this machine for this command alone."""
+    return _started_here
+
+
 def usable_cpus() -> float:
     """CPUs that training may count on: the real cores here, or all of the cluster's."""
     import ray
@@ -92,6 +97,8 @@ def declared_cpus(workers: int, cpus_per_worker: float) -> float:
     """
     import ray
 
+    if _started_here:
+        return 0.01  # workers stay between the stages, whose tasks are to find all CPUs (train/crew.py)
     left = ray.cluster_resources().get("CPU", 0.0) - DATA_CPUS
     if workers * cpus_per_worker <= left:
         return cpus_per_worker

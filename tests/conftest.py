@@ -17,13 +17,13 @@ os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DE
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray of four declared CPUs, without dashboard or token; its files go away with it."""
+    """A local Ray of six declared CPUs, without dashboard or token; its files go away with it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init would leave a token in the home folder
     import ray
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray's sockets are files under it
     ray.init(
-        num_cpus=4,
+        num_cpus=6,  # two of which a crew of training workers may keep
         include_dashboard=False,
         _temp_dir=folder,
         object_store_memory=500_000_000,

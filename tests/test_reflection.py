@@ -15,6 +15,8 @@ import pytest
 from safetensors.torch import load_file
 from small_run import CONFIG, SMALL, clinkd, lines, start
 
+from clinkd.distill.teacher_cache import teacher_key
+
 pytestmark = pytest.mark.slow
 ROUND = [
     *SMALL, "reflect.samples=60", "reflect.budget=40", "reflect.validation=40", "reflect.replay=0.25",
@@ -116,12 +118,15 @@ def test_a_finished_round_accounts_for_every_answer(finished: Path) -> None:
     assert 'aria-label="Rounds of reflection"' in page and "said after the round" in page
 
 
-def test_the_correctors_distribution_is_learned_in_the_place_of_its_texts(finished: Path) -> None:
+def test_a_corrector_made_by_exercises_gives_its_distribution_in_the_place_of_texts(finished: Path) -> None:
     before = set(artifacts(finished))
-    done = clinkd(finished, "train", "reflect", str(CONFIG), *SMALL, "reflect.target=distribution")
+    wanted = ("reflect.target=distribution", "reflect.exercises.steps=2")
+    done = clinkd(finished, "train", "reflect", str(CONFIG), *SMALL, *wanted)
     assert done.returncode == 0, done.stderr
     folder = reflected(finished, before)
+    corrector = next(path for path in folder.parent.glob("corrector-*") if path.is_dir())
     assert any(row["kd"] > 0 for row in lines(folder / "round-1/metrics.jsonl"))
     assert not (folder / "round-1/candidates").exists()
     feedback = pq.read_table(folder / "round-1/feedback.parquet").to_pylist()
     assert feedback and all(row["chosen"] == row["truth"] for row in feedback)
+    assert {row["corrector_hash"] for row in feedback} == {teacher_key(corrector / "model", {})}

@@ -15,10 +15,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from clinkd import storage
 from clinkd.artifacts import Artifact, Draft, Store, fingerprint
@@ -26,6 +27,14 @@ from clinkd.config import ConfigError, RunConfig, to_yaml
 from clinkd.data.codec import MODEL_SPELLING
 from clinkd.progress import Progress
 from clinkd.sinks import check_sinks, open_sinks
+
+if TYPE_CHECKING:
+    from clinkd.train.crew import Crew
+    from clinkd.train.loop import TrainJob
+
+
+CREW = ".crew"
+"""Where Ray Train keeps its notes in a run's folder while workers are there."""
 
 
 @dataclass
@@ -38,6 +47,7 @@ class Run:
     done: dict[str, Artifact] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # rows of the report's table of stages
     _connected: bool = False
+    _crew: Crew | None = None
 
     @property
     def folder(self) -> Path:
@@ -56,6 +66,26 @@ class Run:
             compute = self.config.compute
             cluster.connect(compute.address, compute.workers, compute.cpus_per_worker)
             self._connected = True
+
+    def train(self, job: TrainJob, rows: Any) -> None:
+        """Runs a training job; its workers stay for the next one where Ray is this run's own."""
+        from clinkd import cluster
+        from clinkd.train.crew import Crew
+
+        if self._crew is None:
+            self._crew = Crew(self.config.compute, self.folder / CREW)
+        try:
+            self._crew.fit(job, rows)
+        finally:
+            if self.config.compute.gpus_per_worker or not cluster.started_here():
+                self.dismiss()
+
+    def dismiss(self, wait: bool = True) -> None:
+        """Sends the training workers home."""
+        if self._crew is not None:
+            self._crew.close(wait)
+            self._crew = None
+            shutil.rmtree(self.folder / CREW, ignore_errors=True)
 
     def stage(
         self,
@@ -106,7 +136,9 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
             progress.also = sinks.line
             try:
                 yield run
+                run.dismiss()
             finally:
+                run.dismiss(wait=False)
                 if run._connected:
                     cluster.disconnect()
 

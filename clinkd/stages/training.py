@@ -183,20 +183,19 @@ def train(
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
+        work=str(draft.work.resolve()),
     )  # fmt: skip
-    return _fit(run, job, read_records(data, split="train", ids=records), draft.work, len(chosen))
+    return _fit(run, job, read_records(data, split="train", ids=records), len(chosen))
 
 
-def _fit(run: Run, job: TrainJob, rows: Any, work: Path, records: int) -> dict[str, Any]:
+def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
     """Runs a job and shows its progress; returns the stage's counts."""
-    from clinkd.train.loop import fit
-
     metrics = Path(job.out) / "metrics.jsonl"
     run.progress.start(job.stage, job.steps)
     stop = threading.Event()
     follower = tail_metrics(metrics, run.progress, stop)
     try:
-        fit(job, rows, work)
+        run.train(job, rows)
     finally:
         stop.set()
         follower.join()
@@ -216,11 +215,11 @@ def train_streamed(
     workers = run.config.compute.workers
     job = TrainJob(
         stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
-        compute=run.config.compute, zero_stage=zero_stage, rows=False, seed=run.config.run.seed,
+        compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed,
         steps=optim.steps or source.steps(optim.epochs, optim.accumulation, workers),
-        out=str(draft.path.resolve()),
+        out=str(draft.path.resolve()), work=str(draft.work.resolve()),
     )  # fmt: skip
-    return _fit(run, job, None, draft.work, len(source.lengths.ids))
+    return _fit(run, job, None, len(source.lengths.ids))
 
 
 def stream_spec(run: Run, draft: Draft, optim: OptimSection, spec: VqaSpec) -> StreamSpec:

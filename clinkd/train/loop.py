@@ -6,8 +6,9 @@ Decisions:
 - Losses come as sums with the number of tokens they are over; the loop divides by the tokens of all ranks and
   accumulation steps, so that the result does not depend on how a batch was dealt out.
 - Counts of all ranks (train/meter.py) travel together, before the step: one collective for all of them.
-- Rank 0 writes metrics as lines of a file beside the checkpoints: reporting each step to Ray Train would wait
-  for its controller. After a resume, lines past the checkpoint are cut off.
+- Rank 0 writes metrics as lines of a file: reporting each step to Ray Train would wait for its controller.
+  After a resume, lines past the checkpoint are cut off.
+- A process may run one job after the other (crew.py), so each begins with its own seeds and leaves nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
-from clinkd.data.shards import DataError
 from clinkd.train.ledger import Group, Ledger
 
 
@@ -72,34 +71,42 @@ class TrainJob:
     steps: int
     seed: int
     out: str  # where rank 0 writes the model and metrics; seen by driver and workers
-    rows: bool = True  # False: the task finds its rows itself, and make_task gets None
+    work: str  # where checkpoints lie while the job is under way; seen by all workers
     extras: dict[str, Any] = field(default_factory=dict)
 
 
-def run_worker(config: dict[str, Any]) -> None:
-    """The train function of every Ray Train worker; ``config`` is {"job": TrainJob}."""
+def run_job(job: TrainJob, rows: Any) -> None:
+    """A job on this worker of Ray Train; ``rows``: a Ray Dataset, handed to the task as it is."""
+    import gc
     import random
 
     import numpy as np
     import ray.train
     import torch
 
-    job: TrainJob = config["job"]
     torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(job.seed)
     with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
-        rows = ray.train.get_dataset_shard("train") if job.rows else None
         task = job.make_task(rows, Path(scratch))
-        Worker(job, task, rank, world).run()
+        worker = Worker(job, task, rank, world)
+        worker.run()
+        worker.engine.destroy()
+        del task, worker
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Worker:
     """One rank of a training stage."""
 
     def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
+        import torch.distributed as dist
+
+        from clinkd.train.checkpoint import Checkpoints
         from clinkd.train.engine import start_engine
         from clinkd.train.meter import Meter
 
@@ -112,6 +119,7 @@ class Worker:
         self.meter = Meter(module)
         self.engine = start_engine(module, job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"
+        self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier)
         self.step = self.consumed = 0
 
     def run(self) -> None:
@@ -194,27 +202,19 @@ class Worker:
             lines.write(json.dumps(line) + "\n")
 
     def _checkpoint(self) -> None:
-        import ray.train
-
-        with tempfile.TemporaryDirectory(prefix="clinkd-checkpoint-") as folder:
-            state = {"step": self.step, "consumed": self.consumed, "world": self.world}
-            if self.streams:
-                state["feed"] = self.feed.state()
-            self.engine.save_checkpoint(folder, tag="state", client_state=state)
-            ray.train.report(
-                {"step": self.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{self.step:08d}",
-            )
+        state = {"step": self.step, "consumed": self.consumed, "world": self.world}
+        if self.streams:
+            state["feed"] = self.feed.state()
+        self.checkpoints.save(
+            self.step,
+            lambda folder: self.engine.save_checkpoint(str(folder), tag="state", client_state=state),
+        )
 
     def _restore(self) -> None:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
+        folder = self.checkpoints.newest()
         state: dict[str, Any] = {}
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                _, state = self.engine.load_checkpoint(folder, tag="state")
+        if folder is not None:
+            _, state = self.engine.load_checkpoint(str(folder), tag="state")
             self.step, self.consumed = state["step"], state["consumed"]
         if self.streams:
             left = (self.job.steps - self.step) * self.job.optim.accumulation
@@ -224,15 +224,13 @@ class Worker:
             keep_lines(self.metrics, self.step)
 
     def _finish(self) -> None:
-        """The whole model on rank 0, then a last report so that all ranks leave together."""
-        import ray.train
+        """The whole model on rank 0; all ranks leave together."""
         import torch.distributed as dist
 
         state = self._whole_state()
         if self.rank == 0:
             self.task.save(state, Path(self.job.out) / "model")
         dist.barrier()
-        ray.train.report({"step": self.step})
 
     def _whole_state(self) -> dict[str, Any]:
         if self.job.zero_stage == 3:  # collective: every rank takes part
@@ -260,58 +258,3 @@ def keep_lines(path: Path, step: int) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(line + "\n" for line in kept))
     os.replace(unfinished, path)
-
-
-def fit(job: TrainJob, rows: Any, work: Path) -> None:
-    """Runs the stage on Ray Train; a run that was cut off goes on from its last checkpoint in ``work``.
-
-    Args:
-        rows: Ray Dataset of records, handed whole to every worker; None where ``job.rows`` is False.
-
-    Raises:
-        DataError: a worker met a record that cannot be fed.
-        ray.train.TrainingFailedError: a worker failed more often than ``compute.max_failures`` allows.
-    """
-    import ray.train
-    import ray.train.torch
-
-    gpu = job.compute.gpus_per_worker > 0
-    cpus = cluster.declared_cpus(job.compute.workers, job.compute.cpus_per_worker)
-    resources = {"CPU": cpus} | ({"GPU": job.compute.gpus_per_worker} if gpu else {})
-    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "TOKENIZERS_PARALLELISM": "false"}
-    if not gpu:
-        environment |= {"DS_ACCELERATOR": "cpu"}
-    trainer = ray.train.torch.TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.compute.workers,
-            use_gpu=gpu,
-            resources_per_worker=resources,
-            # Declaring less than it uses, a worker would be packed beside others on one node.
-            placement_strategy="PACK" if cpus == job.compute.cpus_per_worker else "SPREAD",
-        ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
-        datasets={"train": rows} if job.rows else {},
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=job.stage,
-            storage_path=str(work.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=job.compute.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": environment},
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise _data_error(error) or error from None
-
-
-def _data_error(error: Exception) -> DataError | None:
-    """The error of the data that ended a worker, if it was one: the user's to mend, in one line."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        found = getattr(failure, "_base_exc", failure)
-        if isinstance(found, DataError):
-            return DataError(str(found))
-    return None

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_training import crew
 
 from clinkd.config import ComputeSection, OptimSection
-from clinkd.train.loop import TrainJob, fit, keep_lines
+from clinkd.train.loop import TrainJob, keep_lines
 
 pytestmark = pytest.mark.slow
 
@@ -73,8 +74,9 @@ def train(out: Path, *, zero: int, workers=2, batch=2, fail_once: str | None = N
         steps=12,
         seed=3,
         out=str(out),
+        work=str(out / "work"),
     )
-    fit(job, ray.data.range(32), out / "work")
+    crew(job.compute).fit(job, ray.data.range(32))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

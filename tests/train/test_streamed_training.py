@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_training import crew
 
 from clinkd import cluster
 from clinkd.config import ComputeSection, OptimSection
@@ -19,7 +20,7 @@ from clinkd.data.shards import DataError, samples
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.batches import BatchSpec
 from clinkd.train.feed import StreamSpec, StreamTask
-from clinkd.train.loop import TrainJob, fit
+from clinkd.train.loop import TrainJob
 from clinkd.train.tasks import VqaSpec
 
 pytestmark = pytest.mark.slow
@@ -78,9 +79,9 @@ def train(
     steps = steps or source.steps(3, 1, 2)
     job = TrainJob(
         stage="teacher", make_task=make, optim=optim, compute=compute, zero_stage=zero, steps=steps, seed=0,
-        out=str(out), rows=False,
+        out=str(out), work=str(out / "work"),
     )  # fmt: skip
-    fit(job, None, out / "work")
+    crew(compute).fit(job, None)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], source
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from clinkd.config import ComputeSection, OptimSection
+from clinkd.train.crew import Crew
 
 
 def made_up_scores(prepared: Path, out: Path) -> str:
@@ -22,6 +23,20 @@ def made_up_scores(prepared: Path, out: Path) -> str:
     return str(out / FILE)
 
 
+_crew: Crew | None = None
+
+
+def crew(compute: ComputeSection) -> Crew:
+    """Workers that the tests of a session share, as long as they ask for as many; they end with its Ray."""
+    global _crew
+    if _crew is None or _crew.compute.workers != compute.workers:
+        if _crew is not None:
+            _crew.close()
+        patient = compute.model_copy(update={"max_failures": 100})  # tests let workers die on purpose
+        _crew = Crew(patient, Path(tempfile.mkdtemp(prefix="crew")))
+    return _crew
+
+
 def train(prepared: Path, out: Path, spec: Any, **how: Any) -> list[dict[str, Any]]:
     """Lines of the metrics; the model lies in ``out / "model"``. ``how``: see ``job_of``."""
     return train_each(prepared, {"one": (out, spec, how)})["one"]
@@ -30,32 +45,15 @@ def train(prepared: Path, out: Path, spec: Any, **how: Any) -> list[dict[str, An
 def train_each(
     prepared: Path, ways: dict[str, tuple[Path, Any, dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """One training after the other, each (out, spec, how), by the same workers, whose start takes longest."""
+    """One training after the other, each (out, spec, how)."""
     import ray.data
 
     from clinkd.data.shards import shard_paths
-    from clinkd.train.loop import fit
-
     jobs = [job_of(*way) for way in ways.values()]
-    *before, last = jobs
-
-    def make_task(rows: Any, scratch: Path) -> Any:
-        import ray.train
-        import torch
-
-        from clinkd.train.loop import Worker
-
-        context = ray.train.get_context()
-        for number, job in enumerate(before):
-            torch.manual_seed(job.seed)  # as each has it when it is the only one
-            task = job.make_task(rows, scratch / str(number))
-            Worker(job, task, context.get_world_rank(), context.get_world_size()).run()
-        torch.manual_seed(last.seed)
-        return last.make_task(rows, scratch)
-
     rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
     kept = rows.filter(expr=ray.data.expressions.col("split") == "train")
-    fit(replace(last, make_task=make_task), kept, Path(last.out) / "work")
+    for job in jobs:
+        crew(job.compute).fit(job, kept)
     return {
         name: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         for name, (out, _, _) in ways.items()
@@ -80,4 +78,5 @@ def job_of(out: Path, spec: Any, how: dict[str, Any]) -> Any:
         steps=how["steps"],
         seed=0,
         out=str(out),
+        work=str(out / "work"),
     )

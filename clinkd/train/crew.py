@@ -1,0 +1,206 @@
+"""Training workers of Ray Train that stay from job to job.
+
+Decisions:
+- A worker spends some ten seconds of a core on importing torch, DeepSpeed and transformers, and Ray Train
+  starts four more processes beside it. A crew is one ``TorchTrainer`` whose workers take one job after the
+  other, so a run, or a suite of tests, pays that once.
+- Jobs are handed over by a mailbox, an actor that holds references alone: a job's code is imported where it
+  runs. All ranks take the jobs in their order and finish each together.
+- A worker that dies is Ray Train's affair: it starts the group again, which takes up the first job that is
+  not settled, from its last checkpoint.
+- An error that is the data's is the job's result, not the crew's end.
+- Between jobs a crew holds its CPUs and GPUs, so stages keep one only where Ray was started for them
+  (``cluster.declared_cpus``), and never on GPUs, which other stages want.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clinkd import cluster
+from clinkd.config import ComputeSection
+from clinkd.data.shards import DataError
+from clinkd.train.loop import TrainJob, run_job
+
+
+class Mailbox:
+    """Jobs in their order; an actor whose calls wait (asyncio)."""
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self._jobs: list[Any] = []
+        self._settled: list[str] = []
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def post(self, job: list[Any]) -> int:
+        """Puts a reference, in a list so that Ray does not resolve it; returns the job's number."""
+        async with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+            return len(self._jobs) - 1
+
+    async def settled(self) -> int:
+        """How many jobs are done with."""
+        return len(self._settled)
+
+    async def job(self, number: int) -> list[Any] | None:
+        """The job, once it is there; None once no more will come."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or number < len(self._jobs))
+            return self._jobs[number] if number < len(self._jobs) else None
+
+    async def settle(self, number: int, error: str) -> None:
+        """``error``: what was wrong with the data; empty where all went well."""
+        async with self._changed:
+            if number == len(self._settled):
+                self._settled.append(error)
+                self._jobs[number] = None
+            self._changed.notify_all()
+
+    async def outcome(self, number: int) -> str:
+        """A job's error, once it is settled."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number < len(self._settled))
+            return self._settled[number]
+
+    async def close(self) -> None:
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The train function of every worker; ``config`` is {"mailbox": actor}."""
+    import ray
+    import ray.train
+
+    mailbox = config["mailbox"]
+    rank = ray.train.get_context().get_world_rank()
+    number = ray.get(mailbox.settled.remote())
+    while True:
+        posted = ray.get(mailbox.job.remote(number))
+        if posted is None:
+            return
+        job, rows = ray.get(posted[0])
+        try:
+            run_job(job, rows)
+        except DataError as error:
+            ray.get(mailbox.settle.remote(number, str(error)))
+            raise  # the other ranks wait in a collective for this one
+        if rank == 0:
+            ray.get(mailbox.settle.remote(number, ""))
+        del job, rows, posted
+        number += 1
+
+
+class Crew:
+    """The workers of ``compute``; started with the first job. A context manager.
+
+    Args:
+        storage: a folder for Ray Train's own notes, seen by all nodes.
+    """
+
+    def __init__(self, compute: ComputeSection, storage: Path) -> None:
+        self.compute, self.storage = compute, storage
+        self._mailbox: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(wait=error is None)
+
+    def fit(self, job: TrainJob, rows: Any) -> None:
+        """Runs a job; one that was cut off goes on from its last checkpoint in ``job.work``.
+
+        Args:
+            rows: Ray Dataset of records, handed whole to every worker; or None.
+
+        Raises:
+            DataError: a worker met a record that cannot be fed.
+            ray.train.TrainingFailedError: workers failed more often than ``compute.max_failures`` allows.
+        """
+        import ray
+
+        if self._thread is None:
+            self._start()
+        number = ray.get(self._mailbox.post.remote([ray.put((job, rows))]))
+        settled = self._mailbox.outcome.remote(number)
+        while not ray.wait([settled], timeout=0.2)[0]:
+            if self._thread is not None and not self._thread.is_alive():
+                self._forget()
+                raise self._error or RuntimeError(f"train: the workers ended before {job.stage} was done")
+        error = ray.get(settled)
+        if error:
+            raise DataError(error)
+
+    def _start(self) -> None:
+        import ray
+
+        self._error = None
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        trainer = _trainer(self.compute, {"mailbox": self._mailbox}, self.storage)
+
+        def run() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="crew", daemon=True)
+        self._thread.start()
+
+    def close(self, wait: bool = True) -> None:
+        """Sends the workers home; ``wait``: until they are gone."""
+        import ray
+
+        if self._thread is None or not ray.is_initialized():
+            self._forget()
+            return
+        thread = self._thread
+        if thread.is_alive():
+            ray.get(self._mailbox.close.remote())
+            if wait:
+                thread.join()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._mailbox = self._thread = None
+
+
+def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> Any:
+    import ray.train
+    import ray.train.torch
+
+    gpu = compute.gpus_per_worker > 0
+    cpus = cluster.declared_cpus(compute.workers, compute.cpus_per_worker)
+    resources = {"CPU": cpus} | ({"GPU": compute.gpus_per_worker} if gpu else {})
+    environment = {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
+    return ray.train.torch.TorchTrainer(
+        serve,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            # Declaring less than it uses, a worker would be packed beside others on one node.
+            placement_strategy="PACK" if cpus == compute.cpus_per_worker else "SPREAD",
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=f"crew-{uuid.uuid4().hex[:8]}",  # under a known name Ray Train would take up a former run
+            storage_path=str(storage.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
