@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clinkd.model.rope import RopeGuidance, guided_rope_index
+from clinkd.model.rows import length_groups
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -256,6 +257,7 @@ class GuidedModel(_Model):
         alignment: Tensor | None = None,
         relevance: Tensor | None = None,
         position_ids: Tensor | None = None,
+        overhead: int | None = None,
     ) -> Tensor:
         """Last hidden states, one vision tower pass per distinct image.
 
@@ -270,6 +272,8 @@ class GuidedModel(_Model):
             alignment: [B, 1]. relevance: [merged patches over the segments].
             position_ids: [4, B, L] of packed rows (``conversation.packed_positions``), without an
                 attention_mask; None: from the ids.
+            overhead: what another pass of the text model costs, in tokens; rows padded on the right are then
+                taken in groups of like length where that saves more padding. None: one pass for all.
 
         Returns:
             [B, L, H], after the last norm; ``lm_head`` makes logits of it.
@@ -285,6 +289,10 @@ class GuidedModel(_Model):
         if image_index is None or len(image_index):
             outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
+            if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
+                groups = length_groups(attention_mask.sum(1).tolist(), overhead)
+                if len(groups) > 1:
+                    return self._by_groups(groups, input_ids, attention_mask, images, alignment, relevance)
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
         hidden = self.model(
@@ -297,6 +305,39 @@ class GuidedModel(_Model):
             **images,
         ).last_hidden_state.view(*shape, -1)
         return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
+
+    def _by_groups(
+        self,
+        groups: list[list[int]],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: dict[str, Any],
+        alignment: Tensor | None,
+        relevance: Tensor | None,
+    ) -> Tensor:
+        """``forward_hidden`` of rows padded on the right, group by group."""
+        grids, outputs = images["image_grid_thw"], images["mm_encoder_outputs"]["image"].pooler_output
+        shown = input_ids.eq(self.config.vision_start_token_id).sum(1).tolist()
+        segments = torch.arange(len(grids)).split(shown)  # of each row
+        merge = self.config.vision_config.spatial_merge_size
+        parts = None if relevance is None else relevance.split((grids.prod(-1) // merge**2).tolist())
+        found = []
+        for rows in groups:
+            length = int(attention_mask[rows].sum(1).max())
+            own = [number for row in rows for number in segments[row].tolist()]
+            pooled = BaseModelOutputWithPooling(pooler_output=tuple(outputs[at] for at in own))  # type: ignore[arg-type]
+            hidden = self.model(
+                input_ids=input_ids[rows, :length],
+                attention_mask=attention_mask[rows, :length],
+                use_cache=False,
+                alignment=None if alignment is None else alignment[rows],
+                relevance=None if parts is None else torch.cat([parts[at] for at in own]),
+                mm_encoder_outputs={"image": pooled},
+                image_grid_thw=grids[own],
+            ).last_hidden_state
+            found.append(F.pad(hidden, (0, 0, 0, input_ids.shape[1] - length)))
+        order = torch.tensor([row for rows in groups for row in rows])
+        return torch.cat(found)[order.argsort().to(input_ids.device)]
 
     def encode_images(
         self,

@@ -69,6 +69,10 @@ class ImageStore:
         return self._kept[record]
 
 
+PASS = 64
+"""What another pass of the text model costs beside its tokens, in tokens: measured on phantoms' models."""
+
+
 class AnswerLoss(nn.Module):
     """Cross-entropy of a model's answers, as a sum over the batch's answer tokens."""
 
@@ -81,6 +85,8 @@ class AnswerLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.chunk_size, self.coordinate_weight = model, chunk_size, coordinate_weight
+        # ZeRO-3 gathers weights in every pass, and all ranks have to make as many.
+        self.overhead = None if zero3 else PASS
         if zero3:
             import deepspeed
 
@@ -88,7 +94,7 @@ class AnswerLoss(nn.Module):
 
     def hidden(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """States [N, H] that predict the N answer tokens, and those tokens [N]."""
-        states = self.model.forward_hidden(**inputs)[:, :-1]
+        states = self.model.forward_hidden(**inputs, overhead=self.overhead)[:, :-1]
         chosen = labels[:, 1:] != -100
         return states[chosen], labels[:, 1:][chosen]
 

@@ -59,6 +59,27 @@ def hidden(model, batch, **kwargs):
     return model.forward_hidden(**{**{name: batch[name] for name in names}, **kwargs})
 
 
+@pytest.mark.parametrize(
+    ("guidance", "scores"),
+    [
+        (RopeGuidance(), {}),
+        (GUIDED, {"alignment": torch.tensor([[0.1], [0.9], [0.5]])}),
+        (RopeGuidance(1.5, 2.25, 0.3, 0.7, 0.8, "patch"), {"relevance": torch.linspace(0, 1, 18)}),
+    ],
+)
+def test_rows_in_groups_of_like_length_give_what_one_pass_gives(tokenizer, batch, guidance, scores):
+    """Two groups (a pass costs nothing), the longer row between the shorter ones."""
+    assert batch["attention_mask"].sum(1).argmax() == 1
+    model, found = make(tokenizer, guidance), []
+    for overhead in (None, 0):
+        model.zero_grad()
+        states = hidden(model, batch, overhead=overhead, **scores)[batch["attention_mask"].bool()]
+        states.square().sum().backward()
+        found.append([states.detach(), *(weight.grad for weight in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_unguided_logits_are_the_base_classes(tokenizer, batch):
     model = make(tokenizer)

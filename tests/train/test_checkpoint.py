@@ -21,7 +21,8 @@ def test_the_newest_of_the_last_two_is_taken_up(tmp_path: Path) -> None:
         kept.save(step, lambda folder: (folder / "state").write_text("whole"))
     newest = kept.newest()
     assert newest is not None and newest.name == "step-00000100"
-    assert sorted(path.name for path in (tmp_path / "teacher").iterdir()) == ["step-00000010", "step-00000100"]
+    names = sorted(path.name for path in (tmp_path / "teacher").iterdir())
+    assert names == ["step-00000010", "step-00000100"]
 
 
 def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
