@@ -1,7 +1,8 @@
 """Two runs, or two groups of runs, on the same questions: how far apart they are, and how surely.
 
 Decisions:
-- Only questions that all runs answered are compared, by sample name; what is left out is counted.
+- Only questions that all runs answered in a way the protocol can score are compared, by sample name; what is
+  left out is counted.
 - Images are drawn, the same ones for every run (a paired bootstrap): what is hard about an image is hard for
   all and does not blur the difference.
 - Of several runs on a side (seeds) the mean is compared. Its interval is over images, not over seeds; how far
@@ -20,7 +21,7 @@ import numpy as np
 from clinkd.data.records import TASKS
 from clinkd.evaluate.bootstrap import Ratio
 from clinkd.evaluate.grounding import ratios
-from clinkd.evaluate.protocol import Scored, collect
+from clinkd.evaluate.protocol import collect
 
 Rows = Sequence[dict[str, Any]]
 
@@ -38,39 +39,33 @@ def compare(first: Sequence[Rows], second: Sequence[Rows]) -> dict[str, Any]:
     """
     if not first or not second:
         raise ValueError("compare: a run is wanted on either side")
-    shared = _shared([*first, *second])
-    if not shared:
-        raise ValueError("compare: the runs have no question in common")
     result: dict[str, Any] = {"tasks": {}, "rows": {}, "left_out": {}}
     for task in TASKS:
-        sides = [[_scored(task, run, shared) for run in side] for side in (first, second)]
-        kept = {len(run.rows) for side in sides for run in side}
-        read = [sum(row.get("task", task) == task for row in run) for run in (*first, *second)]
-        if kept == {0}:
+        sides = [[_scorable(task, run) for run in side] for side in (first, second)]
+        shared = sorted(set.intersection(*(set(run) for side in sides for run in side)))
+        if not shared:
             continue
-        if len(kept) > 1:
-            raise ValueError(f"compare: {task}: the runs' rows for the same questions cannot all be scored")
-        result["rows"][task], result["left_out"][task] = min(kept), max(read) - min(kept)
-        measured = [[ratios(task, run) for run in side] for side in sides]
+        read = [sum(row.get("task", task) == task for row in run) for run in (*first, *second)]
+        result["rows"][task], result["left_out"][task] = len(shared), max(read) - len(shared)
+        scored = [[collect(task, [run[name] for name in shared]) for run in side] for side in sides]
+        measured = [[ratios(task, run) for run in side] for side in scored]
         result["tasks"][task] = {
             name: _difference([[run[name] for run in side] for side in measured]) for name in measured[0][0]
         }
+    if not result["tasks"]:
+        raise ValueError("compare: the runs have no question in common")
     return result
 
 
-def _shared(runs: Sequence[Rows]) -> set[str]:
-    return set.intersection(*({_name(row) for row in run} for run in runs))
+def _scorable(task: str, run: Rows) -> dict[str, dict[str, Any]]:
+    """The task's rows that the protocol can score, by their questions."""
+    rows = (row for row in run if row.get("task", task) == task)
+    return {_name(row): row for row in rows if collect(task, [row]).rows}
 
 
 def _name(row: dict[str, Any]) -> str:
     """Of the question; the official files have an id alone."""
     return str(row["sample"] if "sample" in row else f"{row.get('task', '')}:{row.get('id')}")
-
-
-def _scored(task: str, run: Rows, shared: set[str]) -> Scored:
-    rows = [row for row in run if row.get("task", task) == task and _name(row) in shared]
-    rows.sort(key=_name)
-    return collect(task, rows)
 
 
 def _difference(sides: list[list[Ratio]]) -> dict[str, Any]:

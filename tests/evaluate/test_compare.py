@@ -69,6 +69,14 @@ def test_only_what_all_answered_counts_in_whatever_order() -> None:
     assert found["tasks"]["vg"]["recall_at_50"]["difference"] == 0
 
 
+def test_a_row_that_cannot_be_scored_is_left_out_on_both_sides() -> None:
+    hits = drawn(9, 0.5, 40)
+    broken = [row | {"response": None} if number == 7 else row for number, row in enumerate(run(hits))]
+    found = compare([run(hits)], [broken])
+    assert found["rows"] == {"vg": 39} and found["left_out"] == {"vg": 1}
+    assert found["tasks"]["vg"]["recall_at_50"]["difference"] == 0
+
+
 def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(ValueError, match="no question in common"):
         compare([run([True])], [[row | {"sample": "other#0"} for row in run([True])]])
