@@ -31,6 +31,8 @@ TRAIN_ENV = {
 LOCAL_ENV = {
     # Unset, ray.init would turn token authentication on and leave a token in the home folder.
     "RAY_AUTH_MODE": "disabled",
+    # Ray ends idle processes beyond the CPUs' number, to start others a moment later.
+    "RAY_num_workers_soft_limit": "10",
     # One more process a stage, to hear that a node is to go: here nobody would be left.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

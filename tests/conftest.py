@@ -19,6 +19,7 @@ os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DE
 def ray_session() -> Iterator[None]:
     """A local Ray of six declared CPUs, without dashboard or token; its files go away with it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init would leave a token in the home folder
+    os.environ.setdefault("RAY_num_workers_soft_limit", "10")  # see clinkd.cluster
     import ray
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray's sockets are files under it

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,8 +77,35 @@ class Mailbox:
             self._changed.notify_all()
 
 
+class Feeder:
+    """Reads datasets for the workers; an actor with a thread for each.
+
+    A worker's own tasks would inherit its runtime environment, for which Ray starts, and soon ends, processes
+    of their own: half a minute for some kilobytes.
+    """
+
+    def batches(self, rows: Any, how: dict[str, Any]) -> Iterator[Any]:
+        """What ``rows.iter_batches(**how)`` gives, as a stream of objects."""
+        yield from rows.iter_batches(**how)
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A dataset as a worker sees it."""
+
+    feeder: Any
+    rows: Any
+
+    def iter_batches(self, **how: Any) -> Iterator[Any]:
+        import ray
+
+        stream = self.feeder.batches.options(num_returns="streaming").remote(self.rows, how)
+        for reference in stream:
+            yield ray.get(reference)
+
+
 def serve(config: dict[str, Any]) -> None:
-    """The train function of every worker; ``config`` is {"mailbox": actor}."""
+    """The train function of every worker; ``config``: the actors ``mailbox`` and ``feeder``."""
     import ray
     import ray.train
 
@@ -89,7 +118,7 @@ def serve(config: dict[str, Any]) -> None:
             return
         job, rows = ray.get(posted[0])
         try:
-            run_job(job, rows)
+            run_job(job, None if rows is None else Fed(config["feeder"], rows))
         except DataError as error:
             ray.get(mailbox.settle.remote(number, str(error)))
             raise  # the other ranks wait in a collective for this one
@@ -109,6 +138,7 @@ class Crew:
     def __init__(self, compute: ComputeSection, storage: Path) -> None:
         self.compute, self.storage = compute, storage
         self._mailbox: Any = None
+        self._feeder: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -148,8 +178,13 @@ class Crew:
         import ray
 
         self._error = None
+        threads = self.compute.workers
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-        trainer = _trainer(self.compute, {"mailbox": self._mailbox}, self.storage)
+        self._feeder = ray.remote(Feeder).options(
+            num_cpus=0, max_concurrency=threads, max_restarts=3
+        ).remote()  # fmt: skip
+        actors = {"mailbox": self._mailbox, "feeder": self._feeder}
+        trainer = _trainer(self.compute, actors, self.storage)
 
         def run() -> None:
             try:
@@ -175,7 +210,7 @@ class Crew:
         self._forget()
 
     def _forget(self) -> None:
-        self._mailbox = self._thread = None
+        self._mailbox = self._feeder = self._thread = None
 
 
 def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> Any:

@@ -76,7 +76,7 @@ class TrainJob:
 
 
 def run_job(job: TrainJob, rows: Any) -> None:
-    """A job on this worker of Ray Train; ``rows``: a Ray Dataset, handed to the task as it is."""
+    """A job on this worker of Ray Train; ``rows``: for the task, with a dataset's ``iter_batches``."""
     import gc
     import random
 
