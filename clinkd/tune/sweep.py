@@ -42,6 +42,7 @@ def sweep(config: RunConfig) -> list[dict[str, Any]]:
         pipeline.share(run)
         if _reflects(config.sweep.space, config):
             training.corrector(run)
+        run.dismiss()  # trials bring their own workers
         run.connect()
         rows = _tune(run)
         write_whole(run.folder / "sweep.json", json.dumps(rows, indent=1))
