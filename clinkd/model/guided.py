@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clinkd.model.rope import RopeGuidance, guided_rope_index
-from clinkd.model.rows import length_groups
+from clinkd.model.rows import hidden_by_groups, length_groups
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -292,7 +292,9 @@ class GuidedModel(_Model):
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
                 groups = length_groups(attention_mask.sum(1).tolist(), overhead)
                 if len(groups) > 1:
-                    return self._by_groups(groups, input_ids, attention_mask, images, alignment, relevance)
+                    return hidden_by_groups(
+                        self, groups, input_ids, attention_mask, images, alignment, relevance
+                    )  # fmt: skip
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
         hidden = self.model(
@@ -305,39 +307,6 @@ class GuidedModel(_Model):
             **images,
         ).last_hidden_state.view(*shape, -1)
         return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
-
-    def _by_groups(
-        self,
-        groups: list[list[int]],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        images: dict[str, Any],
-        alignment: Tensor | None,
-        relevance: Tensor | None,
-    ) -> Tensor:
-        """``forward_hidden`` of rows padded on the right, group by group."""
-        grids, outputs = images["image_grid_thw"], images["mm_encoder_outputs"]["image"].pooler_output
-        shown = input_ids.eq(self.config.vision_start_token_id).sum(1).tolist()
-        segments = torch.arange(len(grids)).split(shown)  # of each row
-        merge = self.config.vision_config.spatial_merge_size
-        parts = None if relevance is None else relevance.split((grids.prod(-1) // merge**2).tolist())
-        found = []
-        for rows in groups:
-            length = int(attention_mask[rows].sum(1).max())
-            own = [number for row in rows for number in segments[row].tolist()]
-            pooled = BaseModelOutputWithPooling(pooler_output=tuple(outputs[at] for at in own))  # type: ignore[arg-type]
-            hidden = self.model(
-                input_ids=input_ids[rows, :length],
-                attention_mask=attention_mask[rows, :length],
-                use_cache=False,
-                alignment=None if alignment is None else alignment[rows],
-                relevance=None if parts is None else torch.cat([parts[at] for at in own]),
-                mm_encoder_outputs={"image": pooled},
-                image_grid_thw=grids[own],
-            ).last_hidden_state
-            found.append(F.pad(hidden, (0, 0, 0, input_ids.shape[1] - length)))
-        order = torch.tensor([row for rows in groups for row in rows])
-        return torch.cat(found)[order.argsort().to(input_ids.device)]
 
     def encode_images(
         self,
