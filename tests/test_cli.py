@@ -194,8 +194,8 @@ def test_more_workers_than_cpus_is_one_line() -> None:
 
 def test_connect_checks_the_workers_against_a_running_ray(ray_session: None) -> None:
     cluster.connect(None, 2, 1)
-    with pytest.raises(ConfigError, match="the cluster has 4"):
-        cluster.connect(None, 5, 1)
+    with pytest.raises(ConfigError, match="the cluster has 6"):
+        cluster.connect(None, 7, 1)
 
 
 @pytest.mark.parametrize(
