@@ -253,13 +253,20 @@ def sweep(
 ) -> None:
     """Search the keys in sweep.space with Ray Tune and Optuna; trials share one teacher.
 
+    The same command again goes on with a sweep that was killed. It leaves best.yaml (for clinkd run),
+    sweep.json and sweep/study.db (for optuna-dashboard) in the run's folder.
     Example: clinkd sweep configs/sweeps/tiny.yaml sweep.trials=8
     """
     from clinkd.config import load_config
+    from clinkd.tune.summary import account, table
     from clinkd.tune.sweep import sweep as search
-    from clinkd.tune.sweep import table
 
-    typer.echo(table(search(load_config(path, overrides))))
+    config = load_config(path, overrides)
+    swept = search(config)
+    typer.echo(table(swept.rows, config.sweep.metrics))
+    typer.echo(account(swept.facts))
+    if (swept.folder / "best.yaml").is_file():
+        typer.echo(f"best: clinkd run {swept.folder}/best.yaml")
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (

@@ -125,9 +125,17 @@ def disconnect() -> None:
     global _started_here, _connected_here
     import ray
 
-    if _connected_here and ray.is_initialized():
+    if not _connected_here:
+        return
+    if ray.is_initialized():
         ray.shutdown()
     _started_here = _connected_here = False
+
+
+def adopt(started_here: bool) -> None:
+    """In a worker of Ray's: whether the command that it works for started this Ray."""
+    global _started_here
+    _started_here = started_here
 
 
 def check_workers(workers: int, cpus_per_worker: float, cpus: float) -> None:

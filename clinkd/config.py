@@ -19,6 +19,8 @@ from clinkd.config_model import LoraSection as LoraSection
 from clinkd.config_model import ModelSection, Section, TeacherSection
 from clinkd.config_model import TinySection as TinySection
 from clinkd.config_model import VisionSection as VisionSection
+from clinkd.config_sweep import ParameterSpace as ParameterSpace
+from clinkd.config_sweep import SweepSection
 from clinkd.config_train import DistillSection, OptimSection, ReflectSection
 from clinkd.reading import ConfigError, merge, read_value, read_yaml
 
@@ -169,24 +171,6 @@ class ComputeSection(Section):
         return self
 
 
-class ParameterSpace(Section):
-    """One dimension of a sweep."""
-
-    kind: Literal["uniform", "loguniform", "choice", "int"]
-    low: float | None = None
-    high: float | None = None
-    values: list[Any] | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> ParameterSpace:
-        if self.kind == "choice":
-            if not self.values:
-                raise ValueError("a choice needs values: [...]")
-        elif self.low is None or self.high is None or self.low >= self.high:
-            raise ValueError(f"{self.kind} needs low < high")
-        return self
-
-
 class SinksSection(Section):
     """Where a run's numbers go beside metrics.jsonl; numbers and settings only, no texts and no names."""
 
@@ -197,16 +181,6 @@ class SinksSection(Section):
     wandb: str | None = Field(
         None, description="Weights & Biases project; WANDB_MODE=offline keeps it in runs/NAME/wandb"
     )
-
-
-class SweepSection(Section):
-    """Ray Tune with Optuna over any keys of this configuration."""
-
-    trials: int = Field(4, ge=1)
-    metric: str = Field(
-        "score", description="what to maximise: score (mean of vg and roc), vg (Recall@0.5) or roc (recall)"
-    )
-    space: dict[str, ParameterSpace] = Field({}, description="dotted keys of this configuration")
 
 
 class RunConfig(Section):

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clinkd.model.rope import RopeGuidance, guided_rope_index
+from clinkd.model.prefix import LastLayer, alike, hidden_by_prefix, prefix_lengths
 from clinkd.model.rows import hidden_by_groups, length_groups
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ class GuidedModel(_Model):
         super(self.plain, self).__init__(config)  # type: ignore[arg-type]
         self.model: Any = self.trunk(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.last_layer = LastLayer(self.model.language_model.layers[-1])
         self.post_init()
 
     @classmethod
@@ -258,6 +260,7 @@ class GuidedModel(_Model):
         relevance: Tensor | None = None,
         position_ids: Tensor | None = None,
         overhead: int | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states, one vision tower pass per distinct image.
 
@@ -273,7 +276,9 @@ class GuidedModel(_Model):
             position_ids: [4, B, L] of packed rows (``conversation.packed_positions``), without an
                 attention_mask; None: from the ids.
             overhead: what another pass of the text model costs, in tokens; rows padded on the right are then
-                taken in groups of like length where that saves more padding. None: one pass for all.
+                taken in groups of like length where that saves more padding, and with ``wanted`` rows that
+                begin with the same images share that beginning. None: one pass for all.
+            wanted: bool [B, L], behind the row's last image; states elsewhere may be anything. None: all.
 
         Returns:
             [B, L, H], after the last norm; ``lm_head`` makes logits of it.
@@ -290,23 +295,44 @@ class GuidedModel(_Model):
             outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
+                if wanted is not None:
+                    shared = self._sharing(input_ids, image_index, overhead)
+                    if shared is not None:
+                        return hidden_by_prefix(
+                            self, *shared, input_ids, attention_mask, images, wanted, overhead
+                        )  # fmt: skip
                 groups = length_groups(attention_mask.sum(1).tolist(), overhead)
                 if len(groups) > 1:
                     return hidden_by_groups(
-                        self, groups, input_ids, attention_mask, images, alignment, relevance
+                        self, groups, input_ids, attention_mask, images, alignment, relevance, wanted
                     )  # fmt: skip
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
-        hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            alignment=alignment,
-            relevance=relevance,
-            **images,
-        ).last_hidden_state.view(*shape, -1)
+        with self.last_layer.only(None if wanted is None else wanted.reshape(input_ids.shape)):
+            hidden = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                alignment=alignment,
+                relevance=relevance,
+                **images,
+            ).last_hidden_state.view(*shape, -1)
         return hidden if unseen is None else hidden + 0 * torch.cat(unseen).sum().to(hidden.dtype)
+
+    def _sharing(
+        self, input_ids: Tensor, image_index: Tensor | None, overhead: int
+    ) -> tuple[list[int], list[int]] | None:
+        """(first row that begins alike, tokens of that beginning) of each row, where sharing them pays."""
+        if guidance_of(self.config).guided != "none" or image_index is None:
+            return None  # guided, a question moves its image's tokens
+        prefixes = prefix_lengths(input_ids, self.config.image_token_id)
+        counts = input_ids.eq(self.config.vision_start_token_id).sum(1).tolist()
+        if not all(prefixes) or sum(counts) != len(image_index):
+            return None
+        same = alike(input_ids, prefixes, [tuple(part.tolist()) for part in image_index.split(counts)])
+        saved = sum(length for row, length in enumerate(prefixes) if same[row] != row)
+        return (same, prefixes) if saved > overhead else None
 
     def encode_images(
         self,

@@ -39,6 +39,7 @@ def hidden_by_groups(
     images: dict[str, Any],
     alignment: Tensor | None,
     relevance: Tensor | None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states [B, L, H] of rows padded on the right, group by group.
 
@@ -56,15 +57,16 @@ def hidden_by_groups(
         length = int(attention_mask[rows].sum(1).max())
         own = [number for row in rows for number in segments[row].tolist()]
         pooled: Any = tuple(outputs[at] for at in own)
-        hidden = model.model(
-            input_ids=input_ids[rows, :length],
-            attention_mask=attention_mask[rows, :length],
-            use_cache=False,
-            alignment=None if alignment is None else alignment[rows],
-            relevance=None if parts is None else torch.cat([parts[at] for at in own]),
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
-            image_grid_thw=grids[own],
-        ).last_hidden_state
+        with model.last_layer.only(None if wanted is None else wanted[rows, :length]):
+            hidden = model.model(
+                input_ids=input_ids[rows, :length],
+                attention_mask=attention_mask[rows, :length],
+                use_cache=False,
+                alignment=None if alignment is None else alignment[rows],
+                relevance=None if parts is None else torch.cat([parts[at] for at in own]),
+                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+                image_grid_thw=grids[own],
+            ).last_hidden_state
         found.append(F.pad(hidden, (0, 0, 0, input_ids.shape[1] - length)))
     order = torch.tensor([row for rows in groups for row in rows])
     return torch.cat(found)[order.argsort().to(input_ids.device)]

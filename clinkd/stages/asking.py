@@ -24,6 +24,23 @@ PART = 16
 """Records of a part."""
 
 
+class Records:
+    """Reads records of prepared data through Ray Data, and keeps the last that were asked for."""
+
+    def __init__(self, data: Path, blocks: int) -> None:
+        self.data, self.blocks = data, blocks
+        self._ids: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def __call__(self, ids: list[str]) -> Iterable[dict[str, Any]]:
+        from clinkd.data.ingest import read_records
+
+        if ids != self._ids:
+            self._rows = list(read_records(self.data, ids=ids, blocks=self.blocks).iter_rows())
+            self._ids = ids
+        return self._rows
+
+
 @dataclass
 class Desks:
     """The actors of a stage, ``gpus`` for each; started when they are first needed."""

@@ -46,8 +46,10 @@ class Run:
     store: Store
     done: dict[str, Artifact] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # rows of the report's table of stages
+    salt: dict[str, Any] = field(default_factory=dict)  # of a student's fingerprint, beside its settings
     _connected: bool = False
     _crew: Crew | None = None
+    _lent: bool = False
 
     @property
     def folder(self) -> Path:
@@ -74,15 +76,22 @@ class Run:
 
         if self._crew is None:
             self._crew = Crew(self.config.compute, self.folder / CREW)
+        stays = self._lent or cluster.started_here()
         try:
             self._crew.fit(job, rows)
         finally:
-            if self.config.compute.gpus_per_worker or not cluster.started_here():
+            if self.config.compute.gpus_per_worker:
+                self._crew.close()
+            elif not stays:
                 self.dismiss()
+
+    def lend(self, crew: Crew) -> None:
+        """Workers that train for this run and stay when it ends."""
+        self._crew, self._lent = crew, True
 
     def dismiss(self, wait: bool = True) -> None:
         """Sends the training workers home."""
-        if self._crew is not None:
+        if self._crew is not None and not self._lent:
             self._crew.close(wait)
             self._crew = None
             shutil.rmtree(self.folder / CREW, ignore_errors=True)

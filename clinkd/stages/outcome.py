@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
 from clinkd.progress import Progress
 from clinkd.stages import certificate
-from clinkd.stages.asking import Desks
+from clinkd.stages.asking import Desks, Records
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
@@ -53,23 +54,71 @@ def evaluate(run: Run, model: str) -> Artifact:
     return artifact
 
 
-def _predict(run: Run, model: Path, draft: Draft) -> list[dict[str, Any]]:
-    from clinkd.data.ingest import read_records
-    from clinkd.data.shards import samples
-    from clinkd.evaluate.predict import PredictSpec, write_predictions
+def validate(
+    run: Run, model: Path, questions: int, desks: Desks, records: Records, text: bool
+) -> dict[str, float]:
+    """Scores of a model on the validation split, for choosing between trials.
 
-    options, data = run.config.evaluate, run.done["prepare"].path
-    chosen, total = _chosen(samples(data, "test"), options.limit)
+    Args:
+        questions: asked at most, of whole records in their order.
+        records: that read the run's data; they keep what was asked about.
+        text: RC and MIA too.
+
+    Returns:
+        ``vg`` (Recall@0.5), ``roc`` (recall), ``score`` (their mean), with ``text`` also ``rc`` and ``mia``
+        (ROUGE-L), each the mean over modalities, in [0, 1].
+
+    Raises:
+        ConfigError: no validation split.
+    """
+    from clinkd.data.records import TASKS
+    from clinkd.evaluate.score import score_tasks
+
+    with tempfile.TemporaryDirectory(prefix="clinkd-") as folder:
+        found = _answers(run, model, desks, "validation", questions, Path(folder), records)
+    by_task = {task: [row for row in found if row["task"] == task] for task in TASKS}
+    wanted = TASKS if text else ("vg", "roc")
+    result = score_tasks({task: by_task[task] for task in wanted}, text_metrics=text)
+    scored = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
+    scored["score"] = (scored["vg"] + scored["roc"]) / 2
+    return scored | ({task: result[task]["mean"]["rouge_l"] for task in ("rc", "mia")} if text else {})
+
+
+def _answers(
+    run: Run,
+    model: Path,
+    desks: Desks,
+    split: str,
+    limit: int | None,
+    folder: Path,
+    records: Callable[[list[str]], Iterable[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """What a model says to the split's first ``limit`` questions; parts are kept in ``folder``."""
+    from clinkd.data.shards import samples
+    from clinkd.evaluate.predict import PredictSpec
+
+    options = run.config.evaluate
+    chosen, total = _chosen(samples(run.done["prepare"].path, split), limit)
     if not total:
-        raise ConfigError("data.test_fraction: no test sample was left by the split; raise it or add cases")
+        raise ConfigError(
+            f"data.{split}_fraction: no {split} sample was left by the split; raise it or add cases"
+        )
     spec = PredictSpec(
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
         scores=scores(run, run.config.rope),
     )  # fmt: skip
+    return desks.ask(spec, sorted(chosen), records, folder, "evaluate", 0)
+
+
+def _predict(run: Run, model: Path, draft: Draft) -> list[dict[str, Any]]:
+    from clinkd.data.ingest import read_records
+    from clinkd.evaluate.predict import write_predictions
+
+    data, limit = run.done["prepare"].path, run.config.evaluate.limit
     with Desks.of(run) as desks:
-        found = desks.ask(
-            spec, sorted(chosen), lambda ids: read_records(data, ids=ids, blocks=run.blocks).iter_rows(),
-            draft.work / "answers", "evaluate", 0,
+        found = _answers(
+            run, model, desks, "test", limit, draft.work / "answers",
+            lambda ids: read_records(data, ids=ids, blocks=run.blocks).iter_rows(),
         )  # fmt: skip
     return write_predictions(found, draft.path / "predictions.jsonl")
 

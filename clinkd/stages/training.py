@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clinkd.artifacts import Artifact, Draft
+from clinkd.artifacts import Artifact, Draft, fingerprint
 from clinkd.config import ConfigError, OptimSection, RunConfig
 from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
@@ -115,17 +115,44 @@ def _given_teacher(run: Run, path: Path) -> Artifact:
     return run.stage("teacher", [], {"path": str(path.resolve()), "content": content_digest(path)}, make)
 
 
-def distill(run: Run) -> Artifact:
-    """The student, from the teacher's cache or from the teacher beside it."""
+class Paused(Exception):
+    """A training ended early, as it was asked to: ``model`` is its model, ``checkpoint`` where it goes on."""
+
+    def __init__(self, model: Path, checkpoint: Path) -> None:
+        super().__init__(f"paused with {model}")
+        self.model, self.checkpoint = model, checkpoint
+
+
+def distill_steps(run: Run) -> int:
+    """Optimiser steps of the student's distillation."""
+    from clinkd.train.ledger import Ledger
+
+    optim, turns = run.config.distill.optim, turn_counts(run)
+    chosen = share_of(list(turns), run.config.distill.share, run.config.run.seed)
+    ledger = Ledger([turns[record] for record in chosen], optim.questions_per_image, 0)
+    return steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
+
+
+def distill(run: Run, until: int | None = None, start: Path | None = None) -> Artifact:
+    """The student, from the teacher's cache or from the teacher beside it.
+
+    Args:
+        until: the step to end at; the next call goes on from there.
+        start: a checkpoint to begin from where there is none yet.
+
+    Raises:
+        Paused: at ``until``, where that is not the end.
+    """
     config, options = run.config, run.config.distill
     settings = {
         "distill": distill_settings(options),
         "model": config.model.model_dump(exclude={"lora", "attention"}),
         "rope": config.rope.model_dump(), "seed": config.student_seed,
         "precision": config.compute.precision,
-    } | models.lora_settings(config)  # fmt: skip
+    } | models.lora_settings(config) | run.salt  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
+        from clinkd.train.checkpoint import Checkpoints
         from clinkd.train.distill_task import DistillSpec, DistillTask
         from clinkd.train.online_task import OnlineDistillTask
 
@@ -138,6 +165,8 @@ def distill(run: Run) -> Artifact:
             str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
         )
         zero, online = config.compute.zero_stage, online_spec(run, spec)
+        if start is not None:
+            Checkpoints(draft.work / "distill", 0, lambda: None).adopt(start)
         counts = train(
             run, draft, "distill", options.optim, zero,
             lambda rows, scratch: (
@@ -147,6 +176,7 @@ def distill(run: Run) -> Artifact:
             ),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
             seed=config.student_seed,
+            until=until,
         )  # fmt: skip
         return counts | {"certified": certificate["ok"]}
 
@@ -163,10 +193,14 @@ def train(
     out: Path | None = None,
     records: list[str] | None = None,
     seed: int | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Trains one stage on the training split, or on ``records`` of it, and shows its progress.
 
-    ``seed``: of the order of the samples; None: the run's.
+    ``seed``: of the order of the samples; None: the run's. ``until``: the step to end at.
+
+    Raises:
+        Paused: at ``until``, where that is not the end.
     """
     from clinkd.data.ingest import read_records
     from clinkd.train.ledger import Ledger
@@ -183,7 +217,8 @@ def train(
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
-        work=str(draft.work.resolve()),
+        work=str(draft.work.resolve()), until=until,
+        rows=fingerprint("rows", {"prepare": run.done["prepare"].fingerprint}, {"records": chosen}),
     )  # fmt: skip
     return _fit(run, job, read_records(data, split="train", ids=records), len(chosen))
 
@@ -200,6 +235,8 @@ def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
         stop.set()
         follower.join()
     run.progress.finish()
+    if job.end < job.steps:
+        raise Paused(job.paused, Path(job.work) / job.stage)
     last = json.loads(metrics.read_text().splitlines()[-1])
     return {"steps": job.steps, "loss": last["loss"], "records": records}
 

@@ -47,5 +47,14 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         self.barrier()  # no rank is killed for being done while the name is not there yet
 
+    def adopt(self, source: Path) -> None:
+        """Takes over another job's checkpoint, a folder ``step-*``, where it is not there yet."""
+        target = self.folder / source.name
+        if not target.is_dir():
+            unfinished = target.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(source, unfinished)
+            unfinished.rename(target)
+
     def _whole(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if not path.suffix]

@@ -15,6 +15,7 @@ Decisions:
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from clinkd import cluster
 from clinkd.config import ComputeSection
 from clinkd.data.shards import DataError
 from clinkd.train.loop import TrainJob, run_job
+
+KEPT = 2
+"""Tables that a worker keeps: a stage's and the one before."""
 
 
 class Mailbox:
@@ -95,6 +99,7 @@ class Fed:
 
     feeder: Any
     rows: Any
+    kept: Path | None = None  # where this process keeps the rows as an Arrow file, or is to
 
     def iter_batches(self, **how: Any) -> Iterator[Any]:
         import ray
@@ -104,12 +109,33 @@ class Fed:
             yield ray.get(reference)
 
 
+class Tables:
+    """The last tables of rows that this process read: reading them again takes Ray Data some ten seconds."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="clinkd-rows-")
+        self._names: list[str] = []
+
+    def place(self, name: str) -> Path | None:
+        """The file for rows of this name; None for rows without one."""
+        if not name:
+            return None
+        if name in self._names:
+            self._names.remove(name)
+        self._names.append(name)
+        folder = Path(self._folder.name)
+        for old in self._names[:-KEPT]:
+            (folder / f"{old}.arrow").unlink(missing_ok=True)  # whoever has it mapped keeps it
+        self._names = self._names[-KEPT:]
+        return folder / f"{name}.arrow"
+
+
 def serve(config: dict[str, Any]) -> None:
     """The train function of every worker; ``config``: the actors ``mailbox`` and ``feeder``."""
     import ray
     import ray.train
 
-    mailbox = config["mailbox"]
+    mailbox, tables = config["mailbox"], Tables()
     rank = ray.train.get_context().get_world_rank()
     number = ray.get(mailbox.settled.remote())
     while True:
@@ -118,7 +144,7 @@ def serve(config: dict[str, Any]) -> None:
             return
         job, rows = ray.get(posted[0])
         try:
-            run_job(job, None if rows is None else Fed(config["feeder"], rows))
+            run_job(job, None if rows is None else Fed(config["feeder"], rows, tables.place(job.rows)))
         except DataError as error:
             ray.get(mailbox.settle.remote(number, str(error)))
             raise  # the other ranks wait in a collective for this one

@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -72,7 +72,17 @@ class TrainJob:
     seed: int
     out: str  # where rank 0 writes the model and metrics; seen by driver and workers
     work: str  # where checkpoints lie while the job is under way; seen by all workers
-    extras: dict[str, Any] = field(default_factory=dict)
+    rows: str = ""  # names the rows: jobs of one name read the same
+    until: int | None = None  # ends there, before ``steps``, with a checkpoint and the model in ``paused``
+
+    @property
+    def end(self) -> int:
+        return self.steps if self.until is None else min(self.until, self.steps)
+
+    @property
+    def paused(self) -> Path:
+        """Where the model lies of a job that ended early."""
+        return Path(self.work) / f"model-{self.end}"
 
 
 def run_job(job: TrainJob, rows: Any) -> None:
@@ -125,7 +135,7 @@ class Worker:
     def run(self) -> None:
         self._restore()
         start, seen = time.monotonic(), 0
-        while self.step < self.job.steps:
+        while self.step < self.job.end:
             begun = time.monotonic()
             sums, totals = self._train_step()
             now = time.monotonic()
@@ -133,7 +143,8 @@ class Worker:
             self.consumed += self._groups_per_step
             seen += totals.samples
             self._log(sums, totals, now - begun, seen / (now - start))
-            if self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.steps:
+            early = self.step == self.job.end < self.job.steps
+            if early or (self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.end):
                 self._checkpoint()
         self._finish()
 
@@ -214,7 +225,9 @@ class Worker:
         folder = self.checkpoints.newest()
         state: dict[str, Any] = {}
         if folder is not None:
+            rates = _options(self.engine)
             _, state = self.engine.load_checkpoint(str(folder), tag="state")
+            _set_options(self.engine, rates)
             self.step, self.consumed = state["step"], state["consumed"]
         if self.streams:
             left = (self.job.steps - self.step) * self.job.optim.accumulation
@@ -229,7 +242,8 @@ class Worker:
 
         state = self._whole_state()
         if self.rank == 0:
-            self.task.save(state, Path(self.job.out) / "model")
+            early = self.job.end < self.job.steps
+            self.task.save(state, self.job.paused if early else Path(self.job.out) / "model")
         dist.barrier()
 
     def _whole_state(self) -> dict[str, Any]:
@@ -237,6 +251,25 @@ class Worker:
             state = self.engine._zero3_consolidated_16bit_state_dict()
             return state or {}
         return {key: value.detach().cpu().clone() for key, value in self.engine.module.state_dict().items()}
+
+
+OPTIONS = ("weight_decay", "betas")
+
+
+def _options(engine: Any) -> tuple[list[float], list[dict[str, Any]]]:
+    """Base learning rates, and what else the configuration says of each group of parameters."""
+    groups = engine.optimizer.param_groups
+    return list(engine.lr_scheduler.base_lrs), [{key: group[key] for key in OPTIONS} for group in groups]
+
+
+def _set_options(engine: Any, options: tuple[list[float], list[dict[str, Any]]]) -> None:
+    """Puts the configuration's options in the place of a checkpoint's: a clone's settings are its own."""
+    scheduler = engine.lr_scheduler
+    scheduler.base_lrs = options[0]
+    for group, base, curve, others in zip(
+        engine.optimizer.param_groups, options[0], scheduler.lr_lambdas, options[1], strict=True
+    ):
+        group.update(others, lr=base * curve(scheduler.last_epoch), initial_lr=base)
 
 
 def _move(value: Any, device: Any) -> Any:

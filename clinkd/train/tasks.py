@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clinkd.data.ingest import RecordTable, collect, decode, open_table
 from clinkd.data.records import sample_id
@@ -94,8 +95,10 @@ class AnswerLoss(nn.Module):
 
     def hidden(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """States [N, H] that predict the N answer tokens, and those tokens [N]."""
-        states = self.model.forward_hidden(**inputs, overhead=self.overhead)[:, :-1]
         chosen = labels[:, 1:] != -100
+        recomputed = getattr(self.model, "is_gradient_checkpointing", False)  # without what is wanted
+        wanted = None if recomputed else F.pad(chosen, (0, 1))
+        states = self.model.forward_hidden(**inputs, overhead=self.overhead, wanted=wanted)[:, :-1]
         return states[chosen], labels[:, 1:][chosen]
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -117,7 +120,9 @@ class SupervisedTask:
     """Turns with their true answers; the teacher's task, and the base of the others."""
 
     def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
-        path = collect(rows.iter_batches(batch_format="pyarrow", batch_size=256), scratch / "rows.arrow")
+        path = getattr(rows, "kept", None) or scratch / "rows.arrow"
+        if not path.is_file():
+            collect(rows.iter_batches(batch_format="pyarrow", batch_size=256), path)
         self.table = open_table(path)
         self.prepare(spec, zero_stage)
         self.images = ImageStore(self.table, self.processor)

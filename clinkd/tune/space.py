@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
+from itertools import islice, product
 from typing import Any
 
 from clinkd.config import ConfigError, ParameterSpace, RunConfig, with_values
 
+MOST_CORNERS = 512
+
 
 def check_space(config: RunConfig) -> None:
-    """Tries both ends of every dimension against the schema.
+    """Tries both ends of every dimension against the schema, then the ends of all together.
 
     Raises:
-        ConfigError: an empty space, an unknown key, or a bound that the key does not take.
+        ConfigError: an empty space, an unknown key, a bound that the key does not take, ends that contradict
+            each other, a ``when`` that names no dimension before its own or a value it never has.
     """
-    if not config.sweep.space:
+    space = config.sweep.space
+    if not space:
         raise ConfigError("sweep.space: empty; name keys to vary, as configs/sweeps/tiny.yaml does")
-    for key, dimension in config.sweep.space.items():
+    before: list[str] = []
+    for key, dimension in space.items():
+        if key.split(".")[0] in ("sweep", "run"):
+            raise ConfigError(f"sweep.space.{key}: a trial's own settings can be varied, not the sweep's")
         for value in ends(dimension):
             with_values(config, {key: value}, f"sweep.space.{key}")
+        for other, wanted in dimension.when.items():
+            _check_condition(key, other, wanted, space, before)
+        before.append(key)
+    for corner in _corners(space):
+        with_values(config, corner, f"sweep.space: {corner}")
+
+
+def _check_condition(
+    key: str, other: str, wanted: Any, space: dict[str, ParameterSpace], before: list[str]
+) -> None:
+    where = f"sweep.space.{key}.when: {other}"
+    if other not in before:
+        raise ConfigError(
+            f"{where} is no dimension that stands before it; these do: {', '.join(before) or '-'}"
+        )
+    values = space[other].values
+    if values is not None and not any(value in _listed(wanted) for value in values):
+        raise ConfigError(f"{where} never is {wanted!r}; its values are {values}")
+
+
+def _corners(space: dict[str, ParameterSpace]) -> list[dict[str, Any]]:
+    """Values at the ends of all dimensions together, without those that a ``when`` leaves out."""
+    sides = [ends(dimension) for dimension in space.values()]
+    found: dict[str, dict[str, Any]] = {}
+    for values in islice(product(*sides), MOST_CORNERS):
+        chosen: dict[str, Any] = {}
+        for (key, dimension), value in zip(space.items(), values, strict=True):
+            if applies(dimension, chosen):
+                chosen[key] = value
+        found[repr(chosen)] = chosen
+    return list(found.values())
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def applies(dimension: ParameterSpace, chosen: dict[str, Any]) -> bool:
+    """Whether a dimension is there, given the values of those before it."""
+    return all(
+        other in chosen and chosen[other] in _listed(wanted) for other, wanted in dimension.when.items()
+    )
 
 
 def ends(dimension: ParameterSpace) -> list[Any]:
@@ -28,12 +78,35 @@ def ends(dimension: ParameterSpace) -> list[Any]:
     return [int(value) for value in bounds if value is not None] if dimension.kind == "int" else bounds
 
 
-def suggest(trial: Any, space: dict[str, ParameterSpace]) -> None:
-    """Optuna's define-by-run form of the space."""
+def suggest(trial: Any, space: dict[str, ParameterSpace]) -> dict[str, Any]:
+    """The values of a trial, drawn by its study's sampler in the order of the space (define by run)."""
+    chosen: dict[str, Any] = {}
     for key, dimension in space.items():
+        if not applies(dimension, chosen):
+            continue
         if dimension.kind == "choice":
-            trial.suggest_categorical(key, dimension.values)
+            chosen[key] = trial.suggest_categorical(key, dimension.values)
         elif dimension.kind == "int":
-            trial.suggest_int(key, *ends(dimension))
+            low, high = ends(dimension)
+            chosen[key] = trial.suggest_int(key, low, high, step=int(dimension.step or 1))
         else:
-            trial.suggest_float(key, dimension.low, dimension.high, log=dimension.kind == "loguniform")
+            step = dimension.step if dimension.kind == "quniform" else None
+            chosen[key] = trial.suggest_float(
+                key, dimension.low, dimension.high, step=step, log=dimension.kind == "loguniform"
+            )
+    return chosen
+
+
+def grid(space: dict[str, ParameterSpace]) -> dict[str, list[Any]]:
+    """All values of every dimension, for Optuna's grid."""
+    return {key: _values(dimension) for key, dimension in space.items()}
+
+
+def _values(dimension: ParameterSpace) -> list[Any]:
+    if dimension.kind == "choice":
+        return list(dimension.values or [])
+    assert dimension.low is not None and dimension.high is not None
+    step = dimension.step or 1
+    count = int((dimension.high - dimension.low) / step + 1e-9) + 1
+    values = [dimension.low + number * step for number in range(count)]
+    return [int(value) for value in values] if dimension.kind == "int" else values

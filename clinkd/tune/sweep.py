@@ -3,164 +3,186 @@ the space holds keys of reflection, a trial reflects too.
 
 Decisions:
 - What trials share is built before the first of them, by the stages themselves; a trial finds it in the
-  artifact store, so the teacher is asked once however many trials there are.
-- A trial is a run like any other, under the name ``<run>-trials/<values' digest>``: killed and started
-  again, it finds its own artifacts.
-- The study is an SQLite file beside the run, written live; Ray Tune keeps its own state in the same
-  folder, and the same command goes on with both.
+  artifact store, so the teacher is asked once however many trials there are. What a trial's values change it
+  builds itself.
+- Ray Tune places trials and hears of their rungs; what to try and when to stop is the study's (study.py).
 - As many trials run at one time as the cluster has room for whole ones; none, and the sweep says so at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fcntl
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clinkd.config import ConfigError, RunConfig, check_config, with_values
-from clinkd.stages import outcome, pipeline, training
+from clinkd.config import ConfigError, RunConfig
+from clinkd.stages import pipeline, training
 from clinkd.stages.base import Run, open_run, write_whole
-from clinkd.stages.reflection import reflect
-from clinkd.tune.space import check_space, suggest
+from clinkd.tune.space import check_space
+from clinkd.tune.study import Asker, open_study, own_trials, sweep_folder
+from clinkd.tune.summary import best_config, rows_of, saved, write_best
+from clinkd.tune.trial import SweepTrial, reflects
 
 
-def sweep(config: RunConfig) -> list[dict[str, Any]]:
-    """Runs the sweep and returns its trials, best first: ``trial``, values by key, ``vg``, ``roc``,
-    ``score``.
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep came to."""
+
+    rows: list[dict[str, Any]]  # trials, best first
+    folder: Path
+    facts: dict[str, Any]  # seconds, trials, what was saved
+
+
+def sweep(config: RunConfig, fixed: list[Mapping[str, Any]] | None = None) -> Swept:
+    """Runs the sweep, or goes on with it.
+
+    Args:
+        fixed: the values of the trials, in the place of what a sampler draws.
 
     Raises:
-        ConfigError: the space does not fit the schema, or not one trial fits the cluster.
+        ConfigError: the space does not fit the schema, not one trial fits the cluster, or the study was begun
+            with other settings.
     """
-    check_space(config)
-    with open_run(config) as run:
+    if fixed is None:
+        check_space(config)
+    if config.data.validation_fraction == 0:
+        raise ConfigError(
+            "data.validation_fraction: a sweep chooses by the validation split; give it a share"
+        )
+    keys = [*config.sweep.space, *(key for values in fixed or [] for key in values)]
+    with open_run(config) as run, _alone(sweep_folder(config)):
+        study = open_study(config)
         pipeline.share(run)
-        if _reflects(config.sweep.space, config):
+        if reflects(keys, config):
             training.corrector(run)
         run.dismiss()  # trials bring their own workers
         run.connect()
-        rows = _tune(run)
-        write_whole(run.folder / "sweep.json", json.dumps(rows, indent=1))
-        return rows
+        _tune(run, Asker(config, study, fixed))
+        rows = rows_of(study, config)
+        facts = saved(run, rows, training.distill_steps(run))
+        write_whole(run.folder / "sweep.json", json.dumps({"trials": rows} | facts, indent=1))
+        if fixed is None:
+            write_best(best_config(config, rows), run.folder)
+        return Swept(rows, run.folder, facts)
 
 
-def concurrent_trials(config: RunConfig, cpus: float, data_cpus: float = 0.0) -> int:
-    """Whole trials that fit ``cpus`` at one time with ``data_cpus`` left for Ray Data; one fits always.
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One driver a sweep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "driver.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run.name: {folder.parent.name}: another process drives this sweep") from None
+        yield
+
+
+def concurrent_trials(config: RunConfig, nodes: list[Mapping[str, float]], data_cpus: float = 0.0) -> int:
+    """Whole trials that fit the cluster at one time.
+
+    Args:
+        nodes: resources of each (``CPU``, ``GPU``); a worker lies on one of them.
+        data_cpus: left for Ray Data; the first trial fits without.
 
     Raises:
         ConfigError: not even one does.
     """
-    wanted = config.compute.workers * config.compute.cpus_per_worker
-    if wanted > cpus:
+    compute, total = config.compute, sum(node.get("CPU", 0.0) for node in nodes)
+    slots = 0
+    for node in nodes:
+        room = node.get("CPU", 0.0) / compute.cpus_per_worker
+        if compute.gpus_per_worker:
+            room = min(room, node.get("GPU", 0.0) / compute.gpus_per_worker)
+        slots += int(room + 1e-9)
+    if slots < compute.workers:
+        gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        wants = f"{compute.workers} workers of {compute.cpus_per_worker:g} CPU"
+        wants += f" and {compute.gpus_per_worker:g} GPU" if compute.gpus_per_worker else ""
         raise ConfigError(
-            f"compute.workers: a trial wants {wanted:g} CPUs, the cluster has {cpus:g}; lower compute.workers"
+            f"compute.workers: a trial wants {wants}, the cluster has {total:g} CPUs and {gpus:g} GPUs on "
+            f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}; lower compute.workers"
         )
-    return max(1, int((cpus - data_cpus) // wanted))
+    wanted = compute.workers * compute.cpus_per_worker
+    fit = min(slots // compute.workers, int((total - data_cpus) / wanted + 1e-9))
+    return max(1, min(fit, config.sweep.concurrent or fit))
 
 
-def run_trial(values: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
-    """One trial: distills and evaluates a student with these values; runs in a process of Ray Tune's."""
-    config = trial_config(values, check_config(base, "sweep"))
-    reflects = _reflects(values, config)
-    with open_run(config, stream=open(os.devnull, "w")) as run:
-        pipeline.share(run)
-        training.distill(run)
-        if reflects:
-            reflect(run)
-        outcome.evaluate(run, "reflect" if reflects else "distill")
-        result = json.loads((run.folder / "eval.json").read_text())
-    vg, roc = result["vg"]["mean"]["recall_at_50"], result["roc"]["mean"]["recall"]
-    return {"vg": vg, "roc": roc, "score": (vg + roc) / 2}
-
-
-def _reflects(keys: Iterable[str], config: RunConfig) -> bool:
-    """Whether a trial reflects: it takes minutes, so only where its keys ask for it."""
-    return config.reflect.rounds > 0 and any(key.startswith("reflect.") for key in keys)
-
-
-def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
-    """The configuration of a trial, named by a digest of its values."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    fixed = {"run.name": f"{base.run.name}-trial-{digest}", "evaluate.text_metrics": False}
-    return with_values(base, values | fixed)
-
-
-def _tune(run: Run) -> list[dict[str, Any]]:
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
-    import optuna
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
+def _nodes() -> list[Mapping[str, float]]:
+    """Resources of the nodes; of a Ray that was started here, the real cores."""
+    import ray
 
     from clinkd import cluster
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if cluster.started_here():
+        return [{"CPU": float(cluster.real_cores()), "GPU": ray.cluster_resources().get("GPU", 0.0)}]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _tune(run: Run, asker: Asker) -> None:
+    """Drives the trials that are left."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration stay true
+    from ray import tune
+
+    from clinkd import cluster
+    from clinkd.tune.search import StudyScheduler, StudySearch, population
+
     config, options = run.config, run.config.sweep
-    base = config.model_dump() | {
-        "run": config.run.model_dump() | {"root": str(Path(config.run.root).resolve())}
-    }
-
-    def trainable(values: dict[str, Any]) -> None:
-        tune.report(run_trial(values, base))
-
-    folder = (run.folder / "sweep").resolve()
-    folder.mkdir(exist_ok=True)
-    search = OptunaSearch(
-        partial(suggest, space=options.space), metric=options.metric, mode="max",
-        sampler=optuna.samplers.TPESampler(seed=config.run.seed), study_name=config.run.name,
-        storage=optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db"),
-    )  # fmt: skip
-    limited = tune.with_resources(trainable, {"cpu": 0.01})
-    experiment = folder / "tune"
-    if tune.Tuner.can_restore(str(experiment)):
-        tuner = tune.Tuner.restore(str(experiment), limited, resume_unfinished=True, restart_errored=True)
-    else:
+    most = concurrent_trials(config, _nodes(), cluster.data_cpus())
+    ended = sum(trial.state.is_finished() for trial in own_trials(asker.study))
+    left = asker.wanted - ended
+    run.progress.start("sweep", asker.wanted)
+    run.progress.update(ended, record=False)
+    if left > 0:
+        base = config.model_dump()
+        base["run"] |= {"root": str(Path(config.run.root).resolve())}
+        trainable = tune.with_parameters(SweepTrial, base=base, local=cluster.started_here())
+        search = StudySearch(asker)
+        notes = sweep_folder(config).resolve() / "tune"
+        shutil.rmtree(notes, ignore_errors=True)  # the study is what a sweep goes on from
+        scheduler = population(search, config) if options.scheduler == "pbt" else StudyScheduler(search)
         tuner = tune.Tuner(
-            limited,
+            tune.with_resources(trainable, {"cpu": 0.01}),
             tune_config=tune.TuneConfig(
-                search_alg=search, num_samples=options.trials, metric=options.metric, mode="max",
-                max_concurrent_trials=concurrent_trials(
-                    config, cluster.usable_cpus(), cluster.data_cpus()
-                ),
+                search_alg=search, scheduler=scheduler, num_samples=left, reuse_actors=True,
+                max_concurrent_trials=left if options.scheduler == "pbt" else most,
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(notes.parent), verbose=0,
+                failure_config=tune.FailureConfig(max_failures=options.retries),
+            ),
         )  # fmt: skip
-    run.progress.start("sweep", options.trials)
-    with _count_trials(run, f"sqlite:///{folder}/study.db"):
-        results = tuner.fit()
-    rows = [_row(results[number]) for number in range(len(results))]
-    rows.sort(key=lambda row: (-(row["score"] if row["score"] is not None else -1), row["trial"]))
-    run.progress.update(len(rows), record=False)
+        with _count_trials(run, asker.study):
+            tuner.fit()
+        shutil.rmtree(notes.parent / "workers", ignore_errors=True)
+    run.progress.update(asker.wanted, record=False)
     run.progress.finish()
-    return rows
 
 
 @contextlib.contextmanager
-def _count_trials(run: Run, storage: str) -> Iterator[None]:
+def _count_trials(run: Run, study: Any) -> Iterator[None]:
     """Shows the study's finished trials and the best score while Ray Tune works.
 
     Read from the study: a callback of Ray Tune's would be pickled, and a progress view cannot be.
     """
-    import optuna
-
     stopped = threading.Event()
 
     def look() -> None:
-        shown = 0
-        while not stopped.wait(2.0):
-            with contextlib.suppress(KeyError):  # the study is made with the first trial
-                study = optuna.load_study(study_name=run.config.run.name, storage=storage)
-                ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-                scores = [trial.value for trial in ended if trial.value is not None]
-                if len(ended) > shown:
-                    shown = len(ended)
-                    best = f", best {run.config.sweep.metric} {max(scores):.4g}" if scores else ""
-                    run.progress.say(f"sweep: {shown} of {run.config.sweep.trials} trials{best}")
-                    run.progress.update(shown, record=False)
+        shown = sum(trial.state.is_finished() for trial in own_trials(study))
+        while not stopped.wait(1.0):
+            ended = [trial for trial in own_trials(study) if trial.state.is_finished()]
+            if len(ended) > shown:
+                shown = len(ended)
+                run.progress.say(f"sweep: {shown} trials ended{_best(ended, run.config)}")
+                run.progress.update(shown, record=False)
 
     watcher = threading.Thread(target=look, name="count trials", daemon=True)
     watcher.start()
@@ -171,20 +193,10 @@ def _count_trials(run: Run, storage: str) -> Iterator[None]:
         watcher.join()
 
 
-def _row(result: Any) -> dict[str, Any]:
-    metrics = result.metrics or {}
-    found = {key: metrics.get(key) for key in ("vg", "roc", "score")}
-    error = str(result.error).splitlines()[0] if result.error else None
-    return {"trial": metrics.get("trial_id", "?"), **(result.config or {}), **found, "error": error}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The trials as lines of text, best first."""
-    keys = [key for key in rows[0] if key != "error"] if rows else []
-    lines = ["  ".join(f"{key.split('.')[-1]:>11}" for key in keys)]
-    for row in rows:
-        cells = [f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
-        lines.append(
-            "  ".join(f"{cell[-11:]:>11}" for cell in cells) + (f"  {row['error']}" if row["error"] else "")
-        )
-    return "\n".join(lines)
+def _best(ended: list[Any], config: RunConfig) -> str:
+    values = [trial.values for trial in ended if trial.values]
+    if not values:
+        return ""
+    names = config.sweep.metrics
+    tops = [f"{name} {max(row[at] for row in values):.4g}" for at, name in enumerate(names)]
+    return f", best {', '.join(tops)}"

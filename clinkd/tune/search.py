@@ -1,0 +1,159 @@
+"""What Ray Tune asks: a searcher that hands out the study's trials, and a scheduler that lets it prune them.
+
+Both are pickled with Ray Tune's notes; the study itself is not: it stays with the driver.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from clinkd.config import ParameterSpace, RunConfig
+from clinkd.tune.space import ends
+from clinkd.tune.study import Asker
+
+
+class StudySearch(Searcher):  # type: ignore[misc]
+    """Trials of an Optuna study, by Ray Tune's trial id."""
+
+    def __init__(self, asker: Asker) -> None:
+        super().__init__(metric=asker.config.sweep.metrics[0], mode="max")
+        self.asker = asker
+        self.trials: dict[str, Any] = {}
+        self.pruned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("asker", "trials")}
+
+    def suggest(self, trial_id: str) -> Any:
+        found = self.asker.ask()
+        if found is None:
+            return Searcher.FINISHED
+        self.trials[trial_id], values = found
+        return {"values": values, "number": self.trials[trial_id].number}
+
+    def look(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Notes a rung; whether the trial is to go on."""
+        trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
+        trial.set_user_attr("step", result["step"])
+        if len(names) > 1:  # Optuna prunes by one number only
+            return True
+        known = self.asker.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        if result["step"] not in known:
+            trial.report(result[names[0]], result["step"])
+        if result["done"] or not trial.should_prune():
+            return True
+        self.pruned.add(trial_id)
+        return False
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass  # the scheduler looked, before
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        from optuna.trial import TrialState
+
+        if result and result.get("done"):  # of the end Ray Tune tells no scheduler
+            self.look(trial_id, result)
+        trial, config = self.trials.pop(trial_id), self.asker.config
+        if error or not result:
+            self.asker.study.tell(trial, state=TrialState.FAIL)
+        elif trial_id in self.pruned:
+            self.asker.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.asker.study.tell(trial, [result[name] for name in config.sweep.metrics])
+
+    def failed(self, trial_id: str, error: BaseException | None) -> None:
+        """Notes the type of a trial's error; its text may name data."""
+        if trial_id in self.trials:
+            cause: Any = getattr(error, "cause", None) or error
+            self.trials[trial_id].set_user_attr("error", type(cause).__name__)
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the study is the driver's memory
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep goes on from its study")
+
+
+class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
+    """Stops a trial where the study's pruner says so."""
+
+    def __init__(self, search: StudySearch) -> None:
+        super().__init__()
+        self.search = search
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "search"}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        goes_on = self.search.look(trial.trial_id, result)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.search.failed(trial.trial_id, trial.get_error())
+
+
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Population based training (Jaderberg et al., 2017) whose rungs the study sees."""
+
+    def __init__(self, search: StudySearch, **options: Any) -> None:
+        super().__init__(**options)
+        self.search = search
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "search"}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self.search.look(trial.trial_id, result)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.search.failed(trial.trial_id, trial.get_error())
+        super().on_trial_error(tune_controller, trial)
+
+
+def population(search: StudySearch, config: RunConfig) -> Population:
+    """The scheduler of a sweep by population based training."""
+    space = config.sweep.space
+
+    def into_bounds(values: dict[str, Any]) -> dict[str, Any]:
+        """Perturbed values, put back into the space."""
+        own = {key: _into(value, space[key]) for key, value in values["values"].items()}
+        return values | {"values": own}
+
+    return Population(
+        search,
+        time_attr="step",
+        metric=config.sweep.metrics[0],
+        mode="max",
+        perturbation_interval=config.sweep.grace,
+        hyperparam_mutations={"values": {key: _drawn(dimension) for key, dimension in space.items()}},
+        custom_explore_fn=into_bounds,
+        synch=True,
+    )
+
+
+def _drawn(dimension: ParameterSpace) -> Any:
+    """Ray Tune's form of a dimension, for values that are drawn anew."""
+    from ray import tune
+
+    if dimension.kind == "choice":
+        return list(dimension.values or [])
+    low, high = ends(dimension)
+    if dimension.kind == "int":
+        return tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if dimension.kind == "loguniform" else tune.uniform(low, high)
+
+
+def _into(value: Any, dimension: ParameterSpace) -> Any:
+    if dimension.kind == "choice":
+        return value
+    low, high = ends(dimension)
+    value = min(max(value, low), high)
+    if dimension.step:
+        value = low + round((value - low) / dimension.step) * dimension.step
+    return int(value) if dimension.kind == "int" else value

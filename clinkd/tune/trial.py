@@ -1,0 +1,234 @@
+"""One trial of a sweep, rung by rung, in an actor of Ray Tune's that stays for the next trial.
+
+Decisions:
+- A rung is a training job that ends early: the next one goes on from its checkpoint, exactly as after a kill.
+  So a trial that is stopped, killed, moved to another node or cloned needs no way of its own.
+- What an actor keeps warm (training workers, desks that answer) passes from trial to trial; it ends with the
+  actor, which Ray Tune ends when no trial is left for it.
+- Scores come from the validation split: the test split is for the one configuration that is chosen.
+- A clone (population based training) has its own lineage in the fingerprints of its stages: a model trained
+  under changing settings never stands in the store for one trained under the last of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from clinkd import cluster, storage
+from clinkd.artifacts import ArtifactBusy, fingerprint
+from clinkd.config import RunConfig, check_config, with_values
+from clinkd.stages import outcome, pipeline, training
+from clinkd.stages.asking import Desks, Records
+from clinkd.stages.base import Run, open_run, write_whole
+from clinkd.stages.reflection import reflect
+from clinkd.train.checkpoint import Checkpoints
+from clinkd.train.crew import Crew
+
+RUNGS = "rungs.json"
+LINEAGE = "lineage.json"
+
+
+def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
+    """The configuration of a trial, named by a digest of its values."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    fixed = {
+        "run.name": f"{base.run.name}-trial-{digest}", "evaluate.text_metrics": False,
+        "sinks": {}, "sweep": {},
+    }  # fmt: skip
+    return with_values(base, values | fixed)
+
+
+def reflects(keys: Iterable[str], config: RunConfig) -> bool:
+    """Whether a trial reflects: it takes minutes, so only where its keys ask for it."""
+    return config.reflect.rounds > 0 and any(key.startswith("reflect.") for key in keys)
+
+
+def rungs(base: RunConfig, total: int) -> list[int]:
+    """Training steps after which a trial is scored; the last is the end."""
+    options = base.sweep
+    if options.scheduler == "none":
+        return [total]
+    found, step = [], options.grace
+    while step < total:
+        found.append(step)
+        step = step + options.grace if options.scheduler == "pbt" else step * options.reduction
+    return [*found, total]
+
+
+@dataclass
+class Warm:
+    """What stays from trial to trial: training workers and desks."""
+
+    folder: Path
+    crew: Crew | None = None
+    desks: Desks | None = None
+    records: Records | None = None
+
+    def crew_for(self, config: RunConfig) -> Crew:
+        if self.crew is not None and self.crew.compute != config.compute:
+            self.close()
+        if self.crew is None:
+            self.crew = Crew(config.compute, self.folder / f"crew-{os.getpid()}")
+        return self.crew
+
+    def desks_for(self, run: Run) -> Desks:
+        if self.desks is None:
+            self.desks = Desks.of(run)
+        self.desks.progress = run.progress
+        return self.desks
+
+    def records_for(self, run: Run) -> Records:
+        data = run.done["prepare"].path
+        if self.records is None or self.records.data != data:
+            self.records = Records(data, run.blocks)
+        return self.records
+
+    def close(self) -> None:
+        if self.desks is not None:
+            self.desks.close()
+        if self.crew is not None:
+            self.crew.close()
+            shutil.rmtree(self.crew.storage, ignore_errors=True)
+        self.crew = self.desks = None
+
+
+@dataclass
+class Trial:
+    """Values under trial; ``lineage``: what it was cloned from, oldest first."""
+
+    values: dict[str, Any]
+    base: RunConfig
+    warm: Warm
+    lineage: list[str] = field(default_factory=list)
+    start: Path | None = None  # a checkpoint to begin from
+    step: int = 0
+    cloned: str = ""  # digest of the checkpoint it began from
+    reached: Path | None = None  # the checkpoint of the last rung, where that was not the end
+
+    def advance(self) -> dict[str, Any]:
+        """Trains to the next rung; returns its scores, ``step`` and whether it was the last (``done``)."""
+        config = trial_config(self.values, self.base)
+        with open_run(config, stream=open(os.devnull, "w")) as run:
+            run.lend(self.warm.crew_for(config))
+            run.salt = {"lineage": self.lineage} if self.base.sweep.scheduler == "pbt" else {}
+            _patiently(lambda: pipeline.share(run))
+            total = training.distill_steps(run)
+            target = next(rung for rung in rungs(self.base, total) if rung > self.step)
+            known = self._known(run)
+            if str(target) not in known:
+                known[str(target)] = self._rung(run, target, target == total)
+                if not self.lineage:
+                    write_whole(run.folder / RUNGS, json.dumps(known))
+            self.step = target
+            return known[str(target)] | {
+                "step": target, "total": total, "done": target == total, "cloned": self.cloned,
+            }  # fmt: skip
+
+    def _known(self, run: Run) -> dict[str, Any]:
+        """Scores at rungs that were reached before a kill."""
+        path = run.folder / RUNGS
+        if self.lineage or self.base.sweep.scheduler == "pbt" or not path.is_file():
+            return {}
+        return dict(json.loads(path.read_text()))
+
+    def _rung(self, run: Run, target: int, last: bool) -> dict[str, float]:
+        self.reached = None
+        try:
+            model = _patiently(lambda: training.distill(run, target, self.start)).path / "model"
+        except training.Paused as paused:
+            model, self.reached = paused.model, newest(paused.checkpoint)
+        if self.start is not None:
+            shutil.rmtree(self.start.parent, ignore_errors=True)
+            self.start = None
+        if last and reflects(self.values, run.config):
+            _patiently(lambda: reflect(run))
+            model = run.done["reflect"].path / "model"
+        scores = outcome.validate(
+            run, model, self.base.sweep.questions, self.warm.desks_for(run), self.warm.records_for(run),
+            text=bool({"rc", "mia"} & set(self.base.sweep.metrics)),
+        )  # fmt: skip
+        if not last:
+            shutil.rmtree(model, ignore_errors=True)
+        return scores
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint in a folder of them."""
+    return Checkpoints(folder, 0, lambda: None).newest()
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and the content of a checkpoint's files."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total.update(f"{file.relative_to(folder)} {storage.sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _patiently(build: Any) -> Any:
+    """Waits where another trial builds the same: two trials may share more than the sweep knows."""
+    while True:
+        try:
+            return build()
+        except ArtifactBusy:
+            time.sleep(1.0)
+
+
+class SweepTrial(tune.Trainable):
+    """What Ray Tune drives: ``step`` is a rung."""
+
+    def setup(self, config: dict[str, Any], base: dict[str, Any], local: bool) -> None:  # type: ignore[override]
+        cluster.adopt(local)
+        self._base = check_config(base, "sweep")
+        folder = Path(self._base.run.root) / self._base.run.name / "sweep" / "workers"
+        self._warm = Warm(folder)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._trial = Trial(dict(new_config["values"]), self._base, self._warm)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return self._trial.advance()
+
+    # Ray Tune saves only where it may clone (population based training).
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        folder, trial = Path(checkpoint_dir), self._trial
+        facts: dict[str, Any] = {"step": trial.step, "lineage": trial.lineage, "values": trial.values}
+        if trial.reached is not None:
+            shutil.copytree(trial.reached, folder / trial.reached.name)
+            facts["weights"] = digest(folder / trial.reached.name)
+        write_whole(folder / LINEAGE, json.dumps(facts))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        folder = Path(checkpoint)
+        facts = json.loads((folder / LINEAGE).read_text())
+        start = newest(folder)
+        if start is None:
+            return
+        if digest(start) != facts["weights"]:
+            raise RuntimeError(f"{start.name}: not the checkpoint that was written")
+        mark = fingerprint("clone", {}, facts)
+        own = self._trial
+        kept = Path(tempfile.mkdtemp(prefix="clinkd-")) / start.name  # Ray Tune's own folder may go
+        own.start, own.step, own.lineage = (
+            shutil.copytree(start, kept),
+            facts["step"],
+            [*facts["lineage"], mark],
+        )
+        own.cloned = facts["weights"]
+
+    def cleanup(self) -> None:
+        self._warm.close()
