@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from clinkd.model.rope import RopeGuidance, guided_rope_index
 from clinkd.model.prefix import LastLayer, alike, hidden_by_prefix, prefix_lengths
+from clinkd.model.rope import RopeGuidance, guided_rope_index
 from clinkd.model.rows import hidden_by_groups, length_groups
 
 if TYPE_CHECKING:

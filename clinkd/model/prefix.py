@@ -100,13 +100,12 @@ def hidden_by_prefix(
     firsts = sorted(set(same))
     cache, seen = _beginnings(model, firsts, prefixes, input_ids, positions, images)
     lengths = attention_mask.sum(1).tolist()
+    behind = [whole - start for whole, start in zip(lengths, prefixes, strict=True)]
     begins = torch.tensor(prefixes, device=device)
     place = {row: at for at, row in enumerate(firsts)}
     result: Tensor | None = None
-    for rows in length_groups(
-        [full - start for full, start in zip(lengths, prefixes, strict=True)], overhead
-    ):
-        longest = max(lengths[row] - prefixes[row] for row in rows)
+    for rows in length_groups(behind, overhead):
+        longest = max(behind[row] for row in rows)
         at = torch.tensor(rows, device=device)
         columns = begins[at, None] + torch.arange(longest, device=device)
         there = columns < attention_mask.sum(1)[at, None]

@@ -98,49 +98,53 @@ class ReportInputs:
     commands: Sequence[tuple[str, str]] = ()
 
 
-def _environment(autoescape: bool) -> Environment:
-    environment = Environment(
+def environment(autoescape: bool) -> Environment:
+    """The templates of this folder, with their filters."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(pct=percent, points=points, score=plain_score, duration=duration)
-    environment.filters.update(clip=gallery.clip, cell=cell, rate=rate, boxed=boxed, words=words)
-    environment.filters.update(md=marked_down)
-    return environment
+    made.filters.update(pct=percent, points=points, score=plain_score, duration=duration)
+    made.filters.update(clip=gallery.clip, cell=cell, rate=rate, boxed=boxed, words=words)
+    made.filters.update(md=marked_down)
+    return made
 
 
 def build_markdown(run: ReportInputs, out: Path) -> Path:
     """Writes the report's numbers as Markdown: no images, questions or answers. Returns ``out``."""
     text = (
-        _environment(autoescape=False)
+        environment(autoescape=False)
         .get_template("report.md.j2")
-        .render(
-            **_numbers(run), **_provenance(run), outcomes=rounds.outcomes(run.reflection)[:MOST_ROWS]
-        )
+        .render(**_numbers(run), **_provenance(run), outcomes=rounds.outcomes(run.reflection)[:MOST_ROWS])
     )
-    return _put(out, text)
+    return put(out, text)
 
 
 def build_report(run: ReportInputs, out: Path) -> Path:
     """Writes the report to the file ``out`` (beside it first, then moved into place) and returns ``out``."""
-    environment = _environment(autoescape=True)
-    script = environment.get_template("script.js.j2").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = environment.get_template("report.html.j2").render(
+    script, digest = signed_script()
+    page = environment(autoescape=True).get_template("report.html.j2").render(
         **_numbers(run),
         **_charts(run),
         **_pictures(run),
         **_provenance(run),
-        script=Markup(script),
+        script=script,
         script_hash=digest,
-    )
-    return _put(out, page)
+    )  # fmt: skip
+    return put(out, page)
 
 
-def _put(out: Path, text: str) -> Path:
+def signed_script() -> tuple[Markup, str]:
+    """The pages' script, and its digest for the content security policy."""
+    script = environment(autoescape=True).get_template("script.js.j2").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return Markup(script), digest
+
+
+def put(out: Path, text: str) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8", errors="replace")

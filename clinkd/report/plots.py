@@ -76,7 +76,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
     """Curves over steps as an SVG element; first, last and lowest values are in its accessible name."""
-    figure, axes = _figure(4.2, 2.5)
+    figure, axes = new_figure(4.2, 2.5)
     for index, line in enumerate(lines):
         colour = SERIES[index % len(SERIES)]
         mean = running_mean(line.values, max(1, len(line.values) // 20))
@@ -93,7 +93,7 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
         f"{line.label}: from {line.values[0]:.3g} to {line.values[-1]:.3g}, lowest {line.values.min():.3g}"
         for line in lines
     )
-    return _svg(figure, name, f"{y_label} over steps. {said}")
+    return to_svg(figure, name, f"{y_label} over steps. {said}")
 
 
 def position_map(
@@ -104,7 +104,7 @@ def position_map(
     An image of many patches is drawn as the mesh of its ``merged`` rows and columns: a square for each would
     make the page heavy and the squares one.
     """
-    figure, axes = _figure(3.1, 3.1)
+    figure, axes = new_figure(3.1, 3.1)
     low, high = window
     point = 2.4 * 72 / (high - low + 2)  # of a position's unit on paper, about
     many = merged[0] * merged[1] > MOST_SQUARES
@@ -124,7 +124,7 @@ def position_map(
     axes.set_aspect("equal")
     axes.set_xlabel("width position")
     axes.set_ylabel("height position")
-    return _svg(figure, name, said)
+    return to_svg(figure, name, said)
 
 
 def spacing(name: str, even: Lines, guided: Lines, means: Lines, said: str) -> str:
@@ -143,7 +143,7 @@ def spacing(name: str, even: Lines, guided: Lines, means: Lines, said: str) -> s
     room = 2 * margin + bar * max(float(rho.max()) for rho in means)
     widths = wide + 2 * margin, wide + margin + room
     height = (tall + margin + room) * 4.0 / sum(widths)
-    figure, panels = _figure(4.0, min(4.0, max(0.8, height)) + 0.3, widths)
+    figure, panels = new_figure(4.0, min(4.0, max(0.8, height)) + 0.3, widths)
     for axes, lines, title in zip(panels, (even, guided), ("even spacing", "patch guidance"), strict=True):
         _mesh(axes, *lines, SERIES[1])
         axes.set_title(title, fontsize=11)
@@ -157,7 +157,7 @@ def spacing(name: str, even: Lines, guided: Lines, means: Lines, said: str) -> s
         keep = slice(None, None, thinning(len(places)))
         ends = -margin - bar * rho[keep]
         getattr(panels[1], draw)(places[keep], -margin, ends, colors=SERIES[3], linewidth=thick)
-    return _svg(figure, name, said)
+    return to_svg(figure, name, said)
 
 
 def _stretched(axes: Any, even: Lines, guided: Lines) -> None:
@@ -188,7 +188,7 @@ def _mesh(axes: Any, rows: np.ndarray, columns: np.ndarray, colour: str) -> None
     axes.vlines(down, rows[0], rows[-1], colors=colour, linewidth=width)
 
 
-def _figure(width: float, height: float, panels: Sequence[float] = (1,)) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, panels: Sequence[float] = (1,)) -> tuple[Any, Any]:
     """A figure and its axes, or an array of them where ``panels`` gives the widths of several."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -215,7 +215,7 @@ def _figure(width: float, height: float, panels: Sequence[float] = (1,)) -> tupl
         return figure, figure.subplots(1, len(panels), width_ratios=panels)
 
 
-def _svg(figure: Any, name: str, said: str) -> str:
+def to_svg(figure: Any, name: str, said: str) -> str:
     from html import escape
 
     from matplotlib import rc_context

@@ -5,6 +5,7 @@ Both are pickled with Ray Tune's notes; the study itself is not: it stays with t
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
@@ -63,6 +64,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
             self.asker.study.tell(trial, state=TrialState.FAIL)
         elif trial_id in self.pruned:
             self.asker.study.tell(trial, state=TrialState.PRUNED)
+            if result.get("draft"):  # nobody goes on with it
+                shutil.rmtree(result["draft"], ignore_errors=True)
         else:
             self.asker.study.tell(trial, [result[name] for name in config.sweep.metrics])
 

@@ -115,6 +115,7 @@ class Trial:
     step: int = 0
     cloned: str = ""  # digest of the checkpoint it began from
     reached: Path | None = None  # the checkpoint of the last rung, where that was not the end
+    draft: Path | None = None  # the unfinished artifact
 
     def advance(self) -> dict[str, Any]:
         """Trains to the next rung; returns its scores, ``step`` and whether it was the last (``done``)."""
@@ -127,12 +128,12 @@ class Trial:
             target = next(rung for rung in rungs(self.base, total) if rung > self.step)
             known = self._known(run)
             if str(target) not in known:
-                known[str(target)] = self._rung(run, target, target == total)
-                if not self.lineage:
-                    write_whole(run.folder / RUNGS, json.dumps(known))
+                target, known[str(target)] = self._rung(run, target, total)
+                write_whole(run.folder / RUNGS, json.dumps(known))
             self.step = target
             return known[str(target)] | {
                 "step": target, "total": total, "done": target == total, "cloned": self.cloned,
+                "draft": str(self.draft or ""),
             }  # fmt: skip
 
     def _known(self, run: Run) -> dict[str, Any]:
@@ -142,12 +143,15 @@ class Trial:
             return {}
         return dict(json.loads(path.read_text()))
 
-    def _rung(self, run: Run, target: int, last: bool) -> dict[str, float]:
-        self.reached = None
+    def _rung(self, run: Run, target: int, total: int) -> tuple[int, dict[str, float]]:
+        """The step reached, and the scores there; a student that was made before is at its end at once."""
+        self.reached, last = None, False
         try:
             model = _patiently(lambda: training.distill(run, target, self.start)).path / "model"
+            target, last = total, True
         except training.Paused as paused:
             model, self.reached = paused.model, newest(paused.checkpoint)
+            self.draft = paused.checkpoint.parent.parent
         if self.start is not None:
             shutil.rmtree(self.start.parent, ignore_errors=True)
             self.start = None
@@ -160,7 +164,7 @@ class Trial:
         )  # fmt: skip
         if not last:
             shutil.rmtree(model, ignore_errors=True)
-        return scores
+        return target, scores
 
 
 def newest(folder: Path) -> Path | None:
