@@ -250,6 +250,7 @@ def report(
 def sweep(
     path: Path = typer.Argument(Path("configs/sweeps/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+    watch: bool = typer.Option(False, "--watch", help="Only look on: at a sweep that runs elsewhere."),
 ) -> None:
     """Search the keys in sweep.space with Ray Tune and Optuna; trials share one teacher.
 
@@ -260,13 +261,38 @@ def sweep(
     from clinkd.config import load_config
     from clinkd.tune.summary import account, table
     from clinkd.tune.sweep import sweep as search
+    from clinkd.tune.watch import watch as look_on
 
     config = load_config(path, overrides)
+    if watch:
+        look_on(config)
+        return
     swept = search(config)
     typer.echo(table(swept.rows, config.sweep.metrics))
     typer.echo(account(swept.facts))
     if (swept.folder / "best.yaml").is_file():
         typer.echo(f"best: clinkd run {swept.folder}/best.yaml")
+        typer.echo(f"page: {swept.folder}/sweep.html")
+
+
+def ablate(
+    path: Path = typer.Argument(
+        Path("configs/sweeps/ablation.yaml"), metavar="[CONFIG]", help="YAML file."
+    ),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+    seeds: int = typer.Option(3, min=1, help="Students of each arm."),
+) -> None:
+    """Show what guided positions, distillation and reflection bring, each alone and all together.
+
+    Five arms of a few students each, in one Ray Tune run over one teacher; all take the same steps. Leaves
+    ablation.md and ablation.json in the run's folder. The same command again goes on.
+    Example: clinkd ablate configs/sweeps/ablation.yaml --seeds 3
+    """
+    from clinkd.config import load_config
+    from clinkd.tune.ablation import ablate as run_arms
+    from clinkd.tune.ablation import table
+
+    typer.echo(table(run_arms(load_config(path, overrides), seeds)))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -278,6 +304,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate,
     compare,
     sweep,
+    ablate,
     report,
     certify,
     plan,

@@ -65,6 +65,9 @@ class SweepSection(Section):
         None, description="a former sweep's folder, or the URL of its storage: its trials count as this one's"
     )
     concurrent: int | None = Field(None, ge=1, description="trials at one time; none: as many as have room")
+    test: bool = Field(
+        False, description="a trial answers the test split too at its end; for comparisons, not for choosing"
+    )
     retries: int = Field(1, ge=0, description="times a trial that failed goes on from its last checkpoint")
     space: dict[str, ParameterSpace] = Field({}, description="dotted keys of this configuration")
 

@@ -72,10 +72,13 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml")), ids=str)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    from clinkd.tune.ablation import arms
     from clinkd.tune.space import check_space
 
     config = load_config(path)
-    if path.parent.name == "sweeps":
+    if path.stem == "ablation":
+        assert list(arms(config)) == ["sft", "guided", "distilled", "reflected", "all"]
+    elif path.parent.name == "sweeps":
         check_space(config)
     if path.stem.startswith("qwen2_vl"):  # the released recipe
         optim = config.distill.optim

@@ -12,6 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.search import Searcher
 
 from clinkd.config import ParameterSpace, RunConfig
+from clinkd.tune.board import Board
 from clinkd.tune.space import ends
 from clinkd.tune.study import Asker
 
@@ -19,14 +20,14 @@ from clinkd.tune.study import Asker
 class StudySearch(Searcher):  # type: ignore[misc]
     """Trials of an Optuna study, by Ray Tune's trial id."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Asker, board: Board | None = None) -> None:
         super().__init__(metric=asker.config.sweep.metrics[0], mode="max")
-        self.asker = asker
+        self.asker, self.board = asker, board
         self.trials: dict[str, Any] = {}
         self.pruned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("asker", "trials")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("asker", "trials", "board")}
 
     def suggest(self, trial_id: str) -> Any:
         found = self.asker.ask()
@@ -39,6 +40,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Notes a rung; whether the trial is to go on."""
         trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
         trial.set_user_attr("step", result["step"])
+        if self.board is not None:
+            self.board.rung(trial.number, {name: result[name] for name in names}, result["step"])
         if len(names) > 1:  # Optuna prunes by one number only
             return True
         known = self.asker.study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -60,6 +63,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if result and result.get("done"):  # of the end Ray Tune tells no scheduler
             self.look(trial_id, result)
         trial, config = self.trials.pop(trial_id), self.asker.config
+        if self.board is not None and result:
+            values = trial.user_attrs.get("values", trial.params)
+            self.board.ended(trial.number, values, {name: result[name] for name in config.sweep.metrics})
         if error or not result:
             self.asker.study.tell(trial, state=TrialState.FAIL)
         elif trial_id in self.pruned:

@@ -1,7 +1,10 @@
-"""A sweep's space: what the YAML says, as Optuna distributions, checked before anything starts."""
+"""A sweep's space, as Optuna distributions, checked before anything starts; and what a trial of it is."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from itertools import islice, product
 from typing import Any
 
@@ -110,3 +113,40 @@ def _values(dimension: ParameterSpace) -> list[Any]:
     count = int((dimension.high - dimension.low) / step + 1e-9) + 1
     values = [dimension.low + number * step for number in range(count)]
     return [int(value) for value in values] if dimension.kind == "int" else values
+
+
+def trials_wanted(config: RunConfig) -> int:
+    """Trials of the whole sweep; a grid has only so many."""
+    if config.sweep.sampler != "grid":
+        return config.sweep.trials
+    combinations = 1
+    for values in grid(config.sweep.space).values():
+        combinations *= len(values)
+    return min(config.sweep.trials, combinations)
+
+
+def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
+    """The configuration of a trial, named by a digest of its values."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    fixed = {
+        "run.name": f"{base.run.name}-trial-{digest}", "evaluate.text_metrics": False,
+        "sinks.tensorboard": False, "sweep": {},
+    }  # fmt: skip
+    return with_values(base, values | fixed)
+
+
+def reflects(keys: Iterable[str], config: RunConfig) -> bool:
+    """Whether a trial reflects: it takes minutes, so only where its keys ask for it."""
+    return config.reflect.rounds > 0 and any(key.startswith("reflect.") for key in keys)
+
+
+def rungs(base: RunConfig, total: int) -> list[int]:
+    """Training steps after which a trial is scored; the last is the end."""
+    options = base.sweep
+    if options.scheduler == "none":
+        return [total]
+    found, step = [], options.grace
+    while step < total:
+        found.append(step)
+        step = step + options.grace if options.scheduler == "pbt" else step * options.reduction
+    return [*found, total]

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from clinkd.config import ConfigError, RunConfig
-from clinkd.tune.space import grid, suggest
+from clinkd.tune.space import grid, suggest, trials_wanted
 
 SETTINGS, METRICS, FOREIGN = "settings", "metrics", "warm_start"
 
@@ -160,10 +162,8 @@ def sampler(config: RunConfig, number: int) -> Any:
     digest = hashlib.sha256(f"{config.run.seed} {number}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     kind = config.sweep.sampler
-    if kind == "random":
+    if kind in ("random", "grid"):
         return samplers.RandomSampler(seed=seed)
-    if kind == "grid":
-        return samplers.GridSampler(grid(config.sweep.space), seed=config.run.seed)
     if kind == "nsga2":
         return samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, config.sweep.trials // 4)))
     # A trial that is still running counts as a poor one, so that two at one time are not drawn alike.
@@ -172,14 +172,15 @@ def sampler(config: RunConfig, number: int) -> Any:
     )
 
 
-def trials_wanted(config: RunConfig) -> int:
-    """Trials of the whole sweep; a grid has only so many."""
-    if config.sweep.sampler != "grid":
-        return config.sweep.trials
-    combinations = 1
-    for values in grid(config.sweep.space).values():
-        combinations *= len(values)
-    return min(config.sweep.trials, combinations)
+def combinations(config: RunConfig) -> list[dict[str, Any]]:
+    """All values of the space with each other, in an order that is the seed's.
+
+    Optuna's own grid sampler ends the optimisation itself, which only its own loop may be told.
+    """
+    sides = grid(config.sweep.space)
+    found = [dict(zip(sides, values, strict=True)) for values in product(*sides.values())]
+    random.Random(config.run.seed).shuffle(found)
+    return found
 
 
 class Asker:
@@ -188,12 +189,15 @@ class Asker:
     ``fixed``: values to try in the place of what the sampler draws, in their order.
     """
 
-    def __init__(self, config: RunConfig, study: Any, fixed: list[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, study: Any, fixed: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
         from optuna.trial import TrialState
 
         self.config, self.study, self.fixed = config, study, fixed
         own = own_trials(study)
         self._left_over = [trial for trial in own if trial.state == TrialState.RUNNING]
+        self._grid = combinations(config) if config.sweep.sampler == "grid" else []
         self._given = sum(trial.state.is_finished() for trial in own)
 
     @property
@@ -203,6 +207,7 @@ class Asker:
     def ask(self) -> tuple[Any, dict[str, Any]] | None:
         """(``optuna.trial.Trial``, values); None: there are no more."""
         import optuna
+        from optuna.trial import TrialState
 
         if self._given >= self.wanted and not self._left_over:
             return None
@@ -212,6 +217,8 @@ class Asker:
         else:
             number = len(self.study.get_trials(deepcopy=False))
             self.study.sampler = sampler(self.config, number)
+            if self._grid and not any(trial.state == TrialState.WAITING for trial in own_trials(self.study)):
+                self.study.enqueue_trial(self._grid[number % len(self._grid)])
             trial = self.study.ask()
         if self.fixed is not None:
             values = dict(self.fixed[trial.number])

@@ -7,8 +7,8 @@ from typing import Any
 
 from clinkd.config import RunConfig, to_yaml, with_values
 from clinkd.stages.base import Run, write_whole
+from clinkd.tune.space import reflects, trial_config
 from clinkd.tune.study import own_trials
-from clinkd.tune.trial import reflects, trial_config
 
 SHARED = ("prepare", "guide", "teacher", "label")
 BEFORE = ("data.", "guide.", "model.vision", "teacher.", "sft.", "distill.cache")
@@ -59,6 +59,23 @@ def best_config(config: RunConfig, rows: list[dict[str, Any]]) -> RunConfig | No
 def write_best(best: RunConfig | None, folder: Path) -> None:
     if best is not None:
         write_whole(folder / "best.yaml", to_yaml(best))
+
+
+def importances(study: Any, config: RunConfig) -> dict[str, float]:
+    """How much of the first metric's spread each key explains, in [0, 1], largest first; empty where too few
+    trials have ended to say (fANOVA: Hutter et al., 2014).
+    """
+    import optuna
+
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    if len(done) < 4 or len({trial.values[0] for trial in done}) < 2:
+        return {}
+    found = optuna.importance.get_param_importances(
+        study,
+        evaluator=optuna.importance.FanovaImportanceEvaluator(seed=config.run.seed),
+        target=lambda trial: trial.values[0],
+    )
+    return dict(found)
 
 
 def trial_folder(config: RunConfig, row: dict[str, Any]) -> Path:

@@ -17,18 +17,21 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clinkd import cluster
 from clinkd.config import ConfigError, RunConfig
+from clinkd.report.sweep import build_sweep
 from clinkd.stages import pipeline, training
 from clinkd.stages.base import Run, open_run, write_whole
-from clinkd.tune.space import check_space
+from clinkd.tune.board import Board
+from clinkd.tune.space import check_space, reflects
 from clinkd.tune.study import Asker, open_study, own_trials, sweep_folder
-from clinkd.tune.summary import best_config, rows_of, saved, write_best
-from clinkd.tune.trial import SweepTrial, reflects
+from clinkd.tune.summary import best_config, importances, rows_of, saved, write_best
+from clinkd.tune.trial import SweepTrial
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Swept:
     facts: dict[str, Any]  # seconds, trials, what was saved
 
 
-def sweep(config: RunConfig, fixed: list[Mapping[str, Any]] | None = None) -> Swept:
+def sweep(config: RunConfig, fixed: Sequence[Mapping[str, Any]] | None = None) -> Swept:
     """Runs the sweep, or goes on with it.
 
     Args:
@@ -58,18 +61,21 @@ def sweep(config: RunConfig, fixed: list[Mapping[str, Any]] | None = None) -> Sw
         )
     keys = [*config.sweep.space, *(key for values in fixed or [] for key in values)]
     with open_run(config) as run, _alone(sweep_folder(config)):
+        run.connect()
+        most = concurrent_trials(config, _nodes(), cluster.data_cpus())
         study = open_study(config)
         pipeline.share(run)
         if reflects(keys, config):
             training.corrector(run)
         run.dismiss()  # trials bring their own workers
-        run.connect()
-        _tune(run, Asker(config, study, fixed))
+        _tune(run, Asker(config, study, fixed), most)
         rows = rows_of(study, config)
         facts = saved(run, rows, training.distill_steps(run))
         write_whole(run.folder / "sweep.json", json.dumps({"trials": rows} | facts, indent=1))
         if fixed is None:
             write_best(best_config(config, rows), run.folder)
+            shares = importances(study, config)
+            build_sweep(config.run.name, rows, config.sweep.metrics, facts, shares, run.folder / "sweep.html")
         return Swept(rows, run.folder, facts)
 
 
@@ -119,24 +125,20 @@ def _nodes() -> list[Mapping[str, float]]:
     """Resources of the nodes; of a Ray that was started here, the real cores."""
     import ray
 
-    from clinkd import cluster
-
     if cluster.started_here():
         return [{"CPU": float(cluster.real_cores()), "GPU": ray.cluster_resources().get("GPU", 0.0)}]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _tune(run: Run, asker: Asker) -> None:
-    """Drives the trials that are left."""
+def _tune(run: Run, asker: Asker, most: int) -> None:
+    """Drives the trials that are left, ``most`` at one time."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration stay true
     from ray import tune
 
-    from clinkd import cluster
     from clinkd.tune.search import StudyScheduler, StudySearch, population
 
     config, options = run.config, run.config.sweep
-    most = concurrent_trials(config, _nodes(), cluster.data_cpus())
     ended = sum(trial.state.is_finished() for trial in own_trials(asker.study))
     left = asker.wanted - ended
     run.progress.start("sweep", asker.wanted)
@@ -145,7 +147,8 @@ def _tune(run: Run, asker: Asker) -> None:
         base = config.model_dump()
         base["run"] |= {"root": str(Path(config.run.root).resolve())}
         trainable = tune.with_parameters(SweepTrial, base=base, local=cluster.started_here())
-        search = StudySearch(asker)
+        board = Board(sweep_folder(config) / "tensorboard") if config.sinks.tensorboard else None
+        search = StudySearch(asker, board)
         notes = sweep_folder(config).resolve() / "tune"
         shutil.rmtree(notes, ignore_errors=True)  # the study is what a sweep goes on from
         scheduler = population(search, config) if options.scheduler == "pbt" else StudyScheduler(search)
@@ -162,6 +165,8 @@ def _tune(run: Run, asker: Asker) -> None:
         )  # fmt: skip
         with _count_trials(run, asker.study):
             tuner.fit()
+        if board is not None:
+            board.close()
         shutil.rmtree(notes.parent / "workers", ignore_errors=True)
     run.progress.update(asker.wanted, record=False)
     run.progress.finish()

@@ -18,7 +18,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,43 +26,17 @@ from ray import tune
 
 from clinkd import cluster, storage
 from clinkd.artifacts import ArtifactBusy, fingerprint
-from clinkd.config import RunConfig, check_config, with_values
+from clinkd.config import RunConfig, check_config
 from clinkd.stages import outcome, pipeline, training
 from clinkd.stages.asking import Desks, Records
 from clinkd.stages.base import Run, open_run, write_whole
 from clinkd.stages.reflection import reflect
 from clinkd.train.checkpoint import Checkpoints
 from clinkd.train.crew import Crew
+from clinkd.tune.space import reflects, rungs, trial_config
 
 RUNGS = "rungs.json"
 LINEAGE = "lineage.json"
-
-
-def trial_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
-    """The configuration of a trial, named by a digest of its values."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    fixed = {
-        "run.name": f"{base.run.name}-trial-{digest}", "evaluate.text_metrics": False,
-        "sinks": {}, "sweep": {},
-    }  # fmt: skip
-    return with_values(base, values | fixed)
-
-
-def reflects(keys: Iterable[str], config: RunConfig) -> bool:
-    """Whether a trial reflects: it takes minutes, so only where its keys ask for it."""
-    return config.reflect.rounds > 0 and any(key.startswith("reflect.") for key in keys)
-
-
-def rungs(base: RunConfig, total: int) -> list[int]:
-    """Training steps after which a trial is scored; the last is the end."""
-    options = base.sweep
-    if options.scheduler == "none":
-        return [total]
-    found, step = [], options.grace
-    while step < total:
-        found.append(step)
-        step = step + options.grace if options.scheduler == "pbt" else step * options.reduction
-    return [*found, total]
 
 
 @dataclass
@@ -113,7 +86,7 @@ class Trial:
     lineage: list[str] = field(default_factory=list)
     start: Path | None = None  # a checkpoint to begin from
     step: int = 0
-    cloned: str = ""  # digest of the checkpoint it began from
+    cloned: dict[str, Any] | None = None  # the checkpoint it began from, until its first rung after that
     reached: Path | None = None  # the checkpoint of the last rung, where that was not the end
     draft: Path | None = None  # the unfinished artifact
 
@@ -132,8 +105,7 @@ class Trial:
                 write_whole(run.folder / RUNGS, json.dumps(known))
             self.step = target
             return known[str(target)] | {
-                "step": target, "total": total, "done": target == total, "cloned": self.cloned,
-                "draft": str(self.draft or ""),
+                "step": target, "total": total, "done": target == total, "draft": str(self.draft or ""),
             }  # fmt: skip
 
     def _known(self, run: Run) -> dict[str, Any]:
@@ -158,13 +130,30 @@ class Trial:
         if last and reflects(self.values, run.config):
             _patiently(lambda: reflect(run))
             model = run.done["reflect"].path / "model"
+        if last and self.base.sweep.test:
+            outcome.evaluate(run, "reflect" if "reflect" in run.done else "distill")
         scores = outcome.validate(
             run, model, self.base.sweep.questions, self.warm.desks_for(run), self.warm.records_for(run),
             text=bool({"rc", "mia"} & set(self.base.sweep.metrics)),
         )  # fmt: skip
+        if self.cloned is not None:
+            self._note_clone(run.done["distill"].path if last else self.draft)
         if not last:
             shutil.rmtree(model, ignore_errors=True)
         return target, scores
+
+    def _note_clone(self, made: Path | None) -> None:
+        """A line about what it was cloned from, and the learning rate of its first step after."""
+        assert made is not None
+        first = json.loads((made / "metrics.jsonl").read_text().splitlines()[0])
+        note = (self.cloned or {}) | {
+            "values": self.values,
+            "first_step": first["step"],
+            "first_lr": first["lr"],
+        }
+        with (self.warm.folder.parent / "clones.jsonl").open("a") as file:
+            file.write(json.dumps(note) + "\n")
+        self.cloned = None
 
 
 def newest(folder: Path) -> Path | None:
@@ -227,12 +216,9 @@ class SweepTrial(tune.Trainable):
         mark = fingerprint("clone", {}, facts)
         own = self._trial
         kept = Path(tempfile.mkdtemp(prefix="clinkd-")) / start.name  # Ray Tune's own folder may go
-        own.start, own.step, own.lineage = (
-            shutil.copytree(start, kept),
-            facts["step"],
-            [*facts["lineage"], mark],
-        )
-        own.cloned = facts["weights"]
+        own.start, own.step = shutil.copytree(start, kept), facts["step"]
+        own.lineage = [*facts["lineage"], mark]
+        own.cloned = {"source": facts["weights"], "weights": digest(own.start), "step": own.step}
 
     def cleanup(self) -> None:
         self._warm.close()

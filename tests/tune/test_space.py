@@ -4,9 +4,8 @@ import optuna
 import pytest
 
 from clinkd.config import ConfigError, RunConfig, with_values
-from clinkd.tune.space import check_space, grid, suggest
+from clinkd.tune.space import check_space, grid, suggest, trial_config
 from clinkd.tune.sweep import concurrent_trials
-from clinkd.tune.trial import trial_config
 
 
 def config(space: dict) -> RunConfig:

@@ -1,0 +1,172 @@
+"""Sweeps by the command line, on real Ray Tune, DeepSpeed and SQLite: killed, failing, cloned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_run import CONFIG, SMALL, clinkd, lines, start
+
+from clinkd.config import load_config
+from clinkd.tune.study import open_study, own_trials
+
+pytestmark = pytest.mark.slow
+
+SWEEP = {
+    "run": {"name": "swept"},
+    "sweep": {
+        "trials": 5, "scheduler": "asha", "grace": 2, "reduction": 2, "questions": 24,
+        "space": {
+            "distill.a": {"kind": "loguniform", "low": 0.1, "high": 2},
+            "distill.optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2},
+            "rope.mode": {"kind": "choice", "values": ["none", "pair"]},
+        },
+    },
+}  # fmt: skip
+STEPS = "distill.optim.steps=6"
+
+
+def root(finished: Path, folder: Path) -> Path:
+    """A folder whose store has what a sweep's trials share, but no student."""
+    store = folder / "runs" / "artifacts"
+    store.mkdir(parents=True)
+    for path in (finished / "runs" / "artifacts").iterdir():
+        if path.name.split("-")[0] in ("prepare", "guide", "teacher", "label") and path.is_dir():
+            shutil.copytree(path, store / path.name)
+    if (finished / "runs" / "teacher-cache").is_dir():
+        shutil.copytree(finished / "runs" / "teacher-cache", folder / "runs" / "teacher-cache")
+    return folder
+
+
+def write(folder: Path, **changes: Any) -> str:
+    values = {"base": str(CONFIG)} | SWEEP | {"sweep": SWEEP["sweep"] | changes}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+def study_of(folder: Path, path: str) -> Any:
+    return open_study(load_config(path, [*SMALL, STEPS, f"run.root={folder / 'runs'}"]), create=False)
+
+
+def outcome(folder: Path, path: str) -> list[tuple[Any, ...]]:
+    return [
+        (trial.number, trial.state.name, trial.params, trial.intermediate_values, trial.values)
+        for trial in own_trials(study_of(folder, path))
+    ]
+
+
+def kill_when(folder: Path, path: str, ready: Any) -> None:
+    """Starts the sweep and ends all of its processes with SIGKILL as soon as ``ready`` says of its trials."""
+    process = start(folder, "sweep", path, *SMALL, STEPS)
+    until = time.monotonic() + 600
+    try:
+        while time.monotonic() < until and process.poll() is None:
+            time.sleep(0.3)
+            database = folder / "runs" / "swept" / "sweep" / "study.db"
+            if database.is_file() and ready(outcome(folder, path)):
+                return
+        raise AssertionError("the sweep ended, or never came so far")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(3)  # Ray's processes see that their parents are gone
+
+
+def test_killed_twice_and_resumed_the_study_is_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    whole, cut = root(finished, tmp_path / "whole"), root(finished, tmp_path / "cut")
+    path = write(tmp_path)
+    done = clinkd(whole, "sweep", path, *SMALL, STEPS)
+    assert done.returncode == 0, done.stderr
+    kill_when(cut, path, lambda found: any(state == "RUNNING" and rungs for _, state, _, rungs, _ in found))
+    kill_when(cut, path, lambda found: sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in found) >= 2)
+    again = clinkd(cut, "sweep", path, *SMALL, STEPS)
+    assert again.returncode == 0, again.stderr
+    assert outcome(cut, path) == outcome(whole, path)
+    best = [(place / "runs" / "swept" / "best.yaml").read_text() for place in (whole, cut)]
+    assert best[0] == best[1]
+    check_what_it_leaves(whole, done.stdout)
+
+
+def check_what_it_leaves(folder: Path, said: str) -> None:
+    run = folder / "runs" / "swept"
+    facts = json.loads((run / "sweep.json").read_text())
+    assert len(facts["trials"]) == 5 and facts["teacher_passes"] == 1
+    assert "the teacher was asked once" in said and "min saved" in said
+    assert len([path for path in (folder / "runs" / "artifacts").glob("label-*") if path.is_dir()]) == 1
+    ended = [row for row in facts["trials"] if row["state"] == "complete"]
+    students = [path for path in (folder / "runs" / "artifacts").glob("distill-*") if path.is_dir()]
+    assert len(students) == len(ended)  # what ended early left nothing
+    pruned = [row for row in facts["trials"] if row["state"] == "pruned"]
+    assert facts["steps_not_taken"] == sum(6 - row["step"] for row in pruned)
+    page = (run / "sweep.html").read_text()
+    assert "Parallel coordinates" in page and "http" not in page.replace("http://www.w3.org", "")
+    events = list((run / "sweep" / "tensorboard").rglob("events.*"))
+    assert len(events) == 5
+
+
+def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_path: Path) -> None:
+    """Its DeepSpeed file is not there, which the workers find out."""
+    folder = root(finished, tmp_path)
+    space = {"compute.deepspeed": {"kind": "choice", "values": [None, "missing.json"]}}
+    path = write(folder, space=space, sampler="grid", scheduler="none", trials=2, retries=1)
+    done = clinkd(folder, "sweep", path, *SMALL, STEPS, "compute.max_failures=0")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "runs" / "swept" / "sweep.json").read_text())["trials"]
+    states = {row["values"]["compute.deepspeed"]: row["state"] for row in rows}
+    assert states == {None: "complete", "missing.json": "fail"}
+    assert "fail" in done.stdout
+
+
+def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = root(finished, tmp_path)
+    space = {"distill.optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
+    path = write(folder, space=space, sampler="random", scheduler="pbt", grace=2, trials=2)
+    done = clinkd(folder, "sweep", path, *SMALL, STEPS)
+    assert done.returncode == 0, done.stderr
+    notes = folder / "runs" / "swept" / "sweep" / "clones.jsonl"
+    clones = lines(notes)
+    assert clones, "nothing was cloned"
+    for clone in clones:
+        assert clone["weights"] == clone["source"] and len(clone["weights"]) == 64
+        # Its learning rate is its own: the curve's factor times what the clone was given.
+        assert clone["first_step"] == clone["step"] + 1
+        rate = clone["values"]["distill.optim.lr"]
+        assert clone["first_lr"] / rate == pytest.approx(cosine(clone["step"] + 1, 6), rel=1e-6)
+    rows = json.loads((folder / "runs" / "swept" / "sweep.json").read_text())["trials"]
+    drawn = {row["values"]["distill.optim.lr"] for row in rows}
+    assert not drawn & {clone["values"]["distill.optim.lr"] for clone in clones}  # perturbed
+
+
+def cosine(step: int, total: int) -> float:
+    from clinkd.config import OptimSection
+    from clinkd.train.engine import learning_rate
+
+    return learning_rate(step, total, OptimSection())
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"space": {"distill.aa": {"kind": "uniform", "low": 0, "high": 1}}}, [], "did you mean a"),
+        ({}, ["compute.gpus_per_worker=1"], "GPU"),
+        ({}, ["compute.workers=64"], "64 workers"),
+        ({"space": {"distill.a": {"kind": "uniform", "low": 2, "high": 1}}}, [], "low < high"),
+        ({}, ["data.validation_fraction=0"], "a sweep chooses by this split"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    tmp_path: Path, changes: dict[str, Any], overrides: list[str], said: str
+) -> None:
+    done = clinkd(tmp_path, "sweep", write(tmp_path, **changes), *SMALL, STEPS, *overrides)
+    assert done.returncode == 2 and said in done.stderr
+    assert not list(tmp_path.glob("runs/artifacts/*-*"))  # no stage was made
