@@ -8,6 +8,7 @@ Decisions:
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -133,12 +134,15 @@ def distill_steps(run: Run) -> int:
     return steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
 
 
-def distill(run: Run, until: int | None = None, start: Path | None = None) -> Artifact:
+def distill(
+    run: Run, until: int | None = None, start: Path | None = None, fresh: bool = False
+) -> Artifact:
     """The student, from the teacher's cache or from the teacher beside it.
 
     Args:
         until: the step to end at; the next call goes on from there.
         start: a checkpoint to begin from where there is none yet.
+        fresh: begins at the first step, whatever an attempt before left.
 
     Raises:
         Paused: at ``until``, where that is not the end.
@@ -165,6 +169,8 @@ def distill(run: Run, until: int | None = None, start: Path | None = None) -> Ar
             str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
         )
         zero, online = config.compute.zero_stage, online_spec(run, spec)
+        if fresh:
+            shutil.rmtree(draft.work / "distill", ignore_errors=True)
         if start is not None:
             Checkpoints(draft.work / "distill", 0, lambda: None).adopt(start)
         counts = train(

@@ -70,12 +70,16 @@ def importances(study: Any, config: RunConfig) -> dict[str, float]:
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     if len(done) < 4 or len({trial.values[0] for trial in done}) < 2:
         return {}
-    found = optuna.importance.get_param_importances(
-        study,
-        evaluator=optuna.importance.FanovaImportanceEvaluator(seed=config.run.seed),
-        target=lambda trial: trial.values[0],
+    evaluator: Any
+    try:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=config.run.seed)
+    except ImportError:  # scikit-learn
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return dict(
+        optuna.importance.get_param_importances(
+            study, evaluator=evaluator, target=lambda trial: trial.values[0]
+        )
     )
-    return dict(found)
 
 
 def trial_folder(config: RunConfig, row: dict[str, Any]) -> Path:

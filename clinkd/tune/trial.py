@@ -119,7 +119,9 @@ class Trial:
         """The step reached, and the scores there; a student that was made before is at its end at once."""
         self.reached, last = None, False
         try:
-            model = _patiently(lambda: training.distill(run, target, self.start)).path / "model"
+            # A population's trial cannot go on where another driver left it: that was another population.
+            fresh = self.base.sweep.scheduler == "pbt" and self.step == 0
+            model = _patiently(lambda: training.distill(run, target, self.start, fresh)).path / "model"
             target, last = total, True
         except training.Paused as paused:
             model, self.reached = paused.model, newest(paused.checkpoint)

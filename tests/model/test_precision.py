@@ -109,9 +109,7 @@ def test_packed_positions_come_through_a_bfloat16_model(family, mode, tokenizer)
         image_token_id=model.config.image_token_id,
         vision_start_token_id=model.config.vision_start_token_id, **scores,
     )  # fmt: skip
-    model.forward_hidden(
-        ids, None, batch["image_grid_thw"], batch["pixel_values"], position_ids=positions
-    )
+    model.forward_hidden(ids, None, batch["image_grid_thw"], batch["pixel_values"], position_ids=positions)
     assert torch.equal(watch.positions[0], positions[1:]) and (watch.positions[0] % 1 > 0).any()
 
 
@@ -151,7 +149,5 @@ def test_the_rotary_embedding_moves_with_an_offset_too(family, tokenizer):
     names = ("input_ids", "image_grid_thw", "attention_mask")
     positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names})
     kept = batch["attention_mask"].bool()
-    here, there = (
-        model(**batch, position_ids=positions + offset).logits[kept] for offset in (0.0, 37.25)
-    )
+    here, there = (model(**batch, position_ids=positions + offset).logits[kept] for offset in (0.0, 37.25))
     torch.testing.assert_close(there, here, atol=2e-4, rtol=0)

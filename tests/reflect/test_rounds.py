@@ -128,9 +128,7 @@ def test_the_corrector_sees_question_truth_and_wrong_answer() -> None:
 )
 def test_feedback_keeps_every_candidate_and_what_was_chosen(tmp_path: Path, candidates, source) -> None:
     wrong = misses([row("b", f"It is at {FAR}.")])
-    rows = rounds.choose(
-        wrong, {"b#0": candidates}, RougeSimilarity(), ReflectSection(floor=0.4), MODELS
-    )
+    rows = rounds.choose(wrong, {"b#0": candidates}, RougeSimilarity(), ReflectSection(floor=0.4), MODELS)
     rounds.write_feedback(rows, tmp_path / "feedback.parquet")
     (kept,) = pq.read_table(tmp_path / "feedback.parquet").to_pylist()
     assert kept["source"] == source and len(kept["candidates"]) == len(candidates)

@@ -96,9 +96,7 @@ def test_every_part_of_the_run_is_on_the_page(report: Path):
 def test_the_curriculum_stands_beside_what_distillation_learned(report: Path):
     found = Found(report.read_text(encoding="utf-8"))
     said = [attributes.get("aria-label") or "" for tag, attributes in found.tags if tag == "svg"]
-    assert any(
-        text.startswith("share of samples over steps. distill: from 0.5 to 0.994") for text in said
-    )
+    assert any(text.startswith("share of samples over steps. distill: from 0.5 to 0.994") for text in said)
     assert any(text.startswith("mean p1 - p2 over steps. distill: from 0.8 to 0.405") for text in said)
 
 

@@ -1,6 +1,5 @@
 """The training loop on real Ray Train and DeepSpeed: a worker that dies, the number of workers."""
 
-
 import pytest
 from line_task import train_line as train
 

@@ -47,9 +47,7 @@ def spec(folder: Path, **more: Any) -> VqaSpec:
 
 def said(task: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
     """The targets in a batch, row by row."""
-    return [
-        task.tokenizer.decode(row[row != -100]).removesuffix("<|im_end|>") for row in inputs["labels"]
-    ]
+    return [task.tokenizer.decode(row[row != -100]).removesuffix("<|im_end|>") for row in inputs["labels"]]
 
 
 def test_a_share_of_the_groups_is_about_feedback_and_a_share_about_what_was_right(

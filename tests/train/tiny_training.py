@@ -49,6 +49,7 @@ def train_each(
     import ray.data
 
     from clinkd.data.shards import shard_paths
+
     jobs = [job_of(*way) for way in ways.values()]
     rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
     kept = rows.filter(expr=ray.data.expressions.col("split") == "train")
