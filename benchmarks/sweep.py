@@ -4,8 +4,8 @@
 
 The sweep draws its trials at random over guidance and distillation. Of the separate runs, --separate are
 timed, each with a store of its own and the values of one trial, and their mean stands for the others; they
-are `clinkd run` without rounds of reflection, as the trials are. Printed: seconds of both and their ratio, how
-often the teacher was asked, and what a trial's seconds are made of: training steps, and the rest (answers and
+are `clinkd run` without rounds of reflection, as the trials are. Printed: seconds of both and their ratio,
+how often the teacher was asked, and what a trial's seconds are made of: training steps, and the rest (answers and
 scores, Ray Tune, Ray Train, DeepSpeed's start).
 """
 
@@ -50,15 +50,12 @@ def main() -> None:
             for number, row in enumerate(facts["trials"][: chosen.separate])
         ]
         whole = statistics.mean(apart) * chosen.trials
-        print(f"sweep of {chosen.trials} trials: {together:.0f} s")
-        print(
-            f"{chosen.trials} runs: {whole:.0f} s ({chosen.separate} timed: {', '.join(f'{x:.0f}' for x in apart)} s)"
-        )
-        print(f"ratio: {together / whole:.3f}")
         labels = [path for path in (folder / "runs" / "artifacts").glob("label-*") if path.is_dir()]
-        print(
-            f"the teacher was asked about the data {len(labels)} time(s) by the sweep, {chosen.trials} by the runs"
-        )
+        each = ", ".join(f"{seconds:.0f}" for seconds in apart)
+        print(f"sweep of {chosen.trials} trials: {together:.0f} s")
+        print(f"{chosen.trials} runs: {whole:.0f} s ({chosen.separate} timed: {each} s)")
+        print(f"ratio: {together / whole:.3f}")
+        print(f"passes of the teacher over the data: sweep {len(labels)}, runs {chosen.trials}")
         account(folder, facts["trials"])
 
 
@@ -93,9 +90,7 @@ def account(folder: Path, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: row["trial"])
     print(f"first trial, which starts the workers: {rows[0]['seconds']:.1f} s")
     later = statistics.median(row["seconds"] for row in rows[1:])
-    print(
-        f"later trials, median: {later:.1f} s, of which training steps {training:.1f} s, the rest {later - training:.1f} s"
-    )
+    print(f"later trials: {later:.1f} s, of these training steps {training:.1f}, rest {later - training:.1f}")
 
 
 if __name__ == "__main__":
