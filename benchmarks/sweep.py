@@ -5,8 +5,8 @@
 The sweep draws its trials at random over guidance and distillation. Of the separate runs, --separate are
 timed, each with a store of its own and the values of one trial, and their mean stands for the others; they
 are `clinkd run` without rounds of reflection, as the trials are. Printed: seconds of both and their ratio,
-how often the teacher was asked, and what a trial's seconds are made of: training steps, and the rest (answers and
-scores, Ray Tune, Ray Train, DeepSpeed's start).
+how often the teacher was asked, and what a trial's seconds are made of: training steps, and the rest
+(answers, scores, Ray Tune, Ray Train, DeepSpeed's start).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_optuna_dashboard_shows_the_study_while_it_runs(dashboard: str, swept: A
     if find_browser() is None:
         return
     with Page(find_browser() or "", tmp_path / "profile") as page:
-        page.open(f"{dashboard}/dashboard/studies/{study['study_id']}/trialTable")
+        page.open(f"{dashboard}/dashboard/studies/{study['study_id']}/trials")
         for _ in range(60):
             if "Complete" in str(page.js("document.body.innerText")):
                 break
