@@ -276,9 +276,7 @@ def sweep(
 
 
 def ablate(
-    path: Path = typer.Argument(
-        Path("configs/sweeps/ablation.yaml"), metavar="[CONFIG]", help="YAML file."
-    ),
+    path: Path = typer.Argument(Path("configs/sweeps/ablation.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
     seeds: int = typer.Option(3, min=1, help="Students of each arm."),
 ) -> None:

@@ -34,8 +34,10 @@ class RunSection(Section):
     root: str = Field("runs", description="folder that holds all runs and the artifacts they share")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     student_seed: int | None = Field(
-        None, ge=0, description="of the student's new weights and its samples' order; none: seed. Several "
-        "students of one teacher, on one split, differ in it alone"
+        None,
+        ge=0,
+        description="of the student's new weights and its samples' order; none: seed. Several "
+        "students of one teacher, on one split, differ in it alone",
     )
 
 

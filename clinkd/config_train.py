@@ -63,8 +63,10 @@ class DistillSection(Section):
         0.2, ge=0, le=1, description="share of those whose true answers are hidden from the student"
     )
     best_of: int = Field(
-        1, ge=1, description="answers of the teacher to each of these: the greedy one and sampled ones; the "
-        "surest that passes is learned from"
+        1,
+        ge=1,
+        description="answers of the teacher to each of these: the greedy one and sampled ones; the "
+        "surest that passes is learned from",
     )
     label_temperature: float = Field(0.7, gt=0, description="that the sampled ones are drawn at")
     max_label_tokens: int = Field(64, ge=1, description="an answer that has not ended by then is refused")

@@ -200,9 +200,7 @@ class Labeller:
                 self.passes += 1
                 for place, answers in zip(places, written, strict=True):
                     found[place] += answers
-        return [
-            [(decode_answer(self.tokenizer, ids), end in ids) for ids in found[place]] for place in found
-        ]
+        return [[(decode_answer(self.tokenizer, ids), end in ids) for ids in found[place]] for place in found]
 
     def _states(self, told: list[tuple[_Turn, str]], seen: dict[int, Any]) -> list[dict[str, Any]]:
         """Of each answer: tokens, confidence, p1, margin, entropy and its form's columns."""

@@ -78,9 +78,7 @@ class Resampled:
         )
         return self._ratio(value, up.sum(), down.sum(), drawn, held)
 
-    def _ratio(
-        self, value: float, up: float, down: float, drawn: np.ndarray, divisor: np.ndarray
-    ) -> Ratio:
+    def _ratio(self, value: float, up: float, down: float, drawn: np.ndarray, divisor: np.ndarray) -> Ratio:
         draws = np.full(len(drawn), np.nan)
         if down <= 0:
             return Ratio(None, draws, float(up), float(down))

@@ -131,9 +131,7 @@ def _published(sums: Resampled) -> Ratio:
 
 
 def _language(sums: Resampled) -> Honest:
-    return {
-        f"{kind}_errors": sums.pooled(kind, f"{kind}_of") for kind in ("laterality", "negation")
-    }
+    return {f"{kind}_errors": sums.pooled(kind, f"{kind}_of") for kind in ("laterality", "negation")}
 
 
 def _resample(scored: Scored, columns: dict[str, list[float]], draws: int, seed: int) -> Resampled:

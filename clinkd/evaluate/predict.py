@@ -60,9 +60,7 @@ class Answerer:
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
 
-    def answer(
-        self, records: Iterable[dict[str, Any]], seed: int | None = None
-    ) -> Iterator[dict[str, Any]]:
+    def answer(self, records: Iterable[dict[str, Any]], seed: int | None = None) -> Iterator[dict[str, Any]]:
         """A row for each turn; ``seed``: in the place of the spec's."""
         from clinkd.data.ingest import decode, pngs
 

@@ -117,9 +117,7 @@ def load_model(
     return model
 
 
-def save_model(
-    model: GuidedModel, tokenizer: Any, image_processor: Any, out: Path | str
-) -> Path:
+def save_model(model: GuidedModel, tokenizer: Any, image_processor: Any, out: Path | str) -> Path:
     """Writes weights (safetensors), tokenizer and preprocessor_config.json as one Hugging Face folder."""
     out = Path(out)
     model.save_pretrained(out)

@@ -103,9 +103,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def save_adapter(
-    model: GuidedModel, options: LoraOptions, start: str, train_vision: bool, out: Path
-) -> None:
+def save_adapter(model: GuidedModel, options: LoraOptions, start: str, train_vision: bool, out: Path) -> None:
     """Writes what trained as peft does: adapter_config.json and adapter_model.safetensors.
 
     ``PeftModel.from_pretrained(model of start, out)`` is the trained model.

@@ -22,9 +22,7 @@ def kept_layers(teacher_layers: int, layers: int) -> list[int]:
     return [round(number * (teacher_layers - 1) / (layers - 1)) for number in range(layers)]
 
 
-def student_from_teacher(
-    teacher: GuidedModel, layers: int, mlp: int | None = None
-) -> GuidedModel:
+def student_from_teacher(teacher: GuidedModel, layers: int, mlp: int | None = None) -> GuidedModel:
     """A student cut out of its teacher: ``layers`` of its text layers, ``mlp`` neurons in each, all the rest.
 
     Of a layer's neurons those stay whose weights are largest (the product of their three norms).

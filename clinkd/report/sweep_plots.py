@@ -19,7 +19,11 @@ def history(rows: Rows, metric: str) -> str:
     numbers = np.array([row["trial"] for row in done])
     values = np.array([row[metric] for row in done], dtype=float)
     figure, axes = new_figure(4.2, 2.5)
-    axes.scatter(numbers, values, s=14, color=SERIES[0], alpha=0.6, linewidths=0, label="trial")
+    early = np.array([row["state"] == "pruned" for row in done], dtype=bool)
+    axes.scatter(numbers[~early], values[~early], s=14, color=SERIES[0], linewidths=0, label="trial")
+    if early.any():
+        axes.scatter(numbers[early], values[early], s=14, facecolors="none", edgecolors=SERIES[0],
+                     linewidths=0.8, label="ended early")  # fmt: skip
     if len(values):
         best = np.maximum.accumulate(values)
         axes.step(numbers, best, where="post", color=SERIES[1], linewidth=1.8, label="best so far")

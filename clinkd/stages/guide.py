@@ -70,9 +70,7 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
     from clinkd.train.guide_task import GuideTask
 
     options, workers = run.config.guide, run.config.compute.workers
-    start = start_model(
-        run, draft, run.config.teacher.tiny, run.config.teacher.path, run.config.run.seed
-    )
+    start = start_model(run, draft, run.config.teacher.tiny, run.config.teacher.path, run.config.run.seed)
     spec = vqa_spec(run, start, teacher_rope(), train_vision=run.config.teacher.path is None)
     optim = OptimSection(
         steps=options.steps, batch_size=max(1, options.batch_size // workers), lr=options.lr, warmup=0.1,

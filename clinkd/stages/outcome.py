@@ -43,9 +43,7 @@ def evaluate(run: Run, model: str) -> Artifact:
         write_whole(draft.path / "eval.json", json.dumps(result, indent=1))
         means = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
         run.progress.finish(**means)
-        run.progress.record(
-            stage="evaluate", event="test", **{task: result[task]["mean"] for task in TASKS}
-        )
+        run.progress.record(stage="evaluate", event="test", **{task: result[task]["mean"] for task in TASKS})
         return {"predictions": len(lines)} | means
 
     artifact = run.stage("evaluate", ["prepare", "guide", model], settings, make)

@@ -134,9 +134,7 @@ def distill_steps(run: Run) -> int:
     return steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
 
 
-def distill(
-    run: Run, until: int | None = None, start: Path | None = None, fresh: bool = False
-) -> Artifact:
+def distill(run: Run, until: int | None = None, start: Path | None = None, fresh: bool = False) -> Artifact:
     """The student, from the teacher's cache or from the teacher beside it.
 
     Args:

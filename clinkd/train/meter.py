@@ -157,4 +157,3 @@ def gradient_norm(engine: Any) -> float | None:
     """Norm of the last step's gradients before clipping, over all ranks; None where DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else _short(float(norm))
-

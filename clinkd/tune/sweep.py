@@ -163,22 +163,24 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
                 failure_config=tune.FailureConfig(max_failures=options.retries),
             ),
         )  # fmt: skip
-        with _count_trials(run, asker.study):
+        with _count_trials(run, asker):
             tuner.fit()
         if board is not None:
             board.close()
         shutil.rmtree(notes.parent / "workers", ignore_errors=True)
+        if any(not trial.state.is_finished() for trial in own_trials(asker.study)):
+            raise KeyboardInterrupt  # Ray Tune takes a Ctrl-C for itself and comes back as if all were done
     run.progress.update(asker.wanted, record=False)
     run.progress.finish()
 
 
 @contextlib.contextmanager
-def _count_trials(run: Run, study: Any) -> Iterator[None]:
+def _count_trials(run: Run, asker: Asker) -> Iterator[None]:
     """Shows the study's finished trials and the best score while Ray Tune works.
 
     Read from the study: a callback of Ray Tune's would be pickled, and a progress view cannot be.
     """
-    stopped = threading.Event()
+    stopped, study = threading.Event(), asker.study
 
     def look() -> None:
         shown = sum(trial.state.is_finished() for trial in own_trials(study))
@@ -186,7 +188,7 @@ def _count_trials(run: Run, study: Any) -> Iterator[None]:
             ended = [trial for trial in own_trials(study) if trial.state.is_finished()]
             if len(ended) > shown:
                 shown = len(ended)
-                run.progress.say(f"sweep: {shown} trials ended{_best(ended, run.config)}")
+                run.progress.say(f"sweep: {shown} of {asker.wanted} trials ended{_best(ended, run.config)}")
                 run.progress.update(shown, record=False)
 
     watcher = threading.Thread(target=look, name="count trials", daemon=True)
