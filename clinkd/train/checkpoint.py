@@ -3,31 +3,54 @@
 Decisions:
 - Every rank writes its own part into one unfinished folder, which is renamed when all are done: a checkpoint
   that has its name is whole, and a stage that was killed at any moment goes on from the newest of these.
-- Two are kept: the newest may have been written by a process that died of what it was about to do next.
+- Two are kept: the newest may have been written by a process that died of what it was about to do next, or be
+  damaged on the disk.
+- A manifest of sizes and SHA-256, the ranks sharing the work, is read back before anything is loaded, which
+  DeepSpeed does by pickle: what is not byte for byte what was written is set aside under ``.damaged`` with a
+  note of what is wrong, and the one before is taken.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from clinkd import storage
 
 KEPT = 2
+MANIFEST, FAULT = "manifest.json", "fault.txt"
 
 
 class Checkpoints:
     """Of one job.
 
     Args:
-        folder: seen by all ranks. rank: of this process; all of them call ``save`` together.
+        folder: seen by all ranks. rank: of this process, of ``world``; all of them call ``newest`` and
+            ``save`` together.
         barrier: waits for all ranks.
     """
 
-    def __init__(self, folder: Path, rank: int, barrier: Callable[[], None]) -> None:
-        self.folder, self.rank, self.barrier = folder, rank, barrier
+    def __init__(self, folder: Path, rank: int, barrier: Callable[[], None], world: int = 1) -> None:
+        self.folder, self.rank, self.barrier, self.world = folder, rank, barrier, world
 
     def newest(self) -> Path | None:
-        """The last whole checkpoint."""
+        """The last checkpoint that is what was written; damaged ones are set aside, with a warning."""
+        if self.rank == 0:
+            for path in sorted(self._whole(), reverse=True):
+                fault = damage(path)
+                if not fault:
+                    break
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                (aside / FAULT).write_text(fault + "\n")
+                warnings.warn(f"checkpoint {path}: {fault}; set aside as {aside.name}", stacklevel=2)
+        self.barrier()
         return max(self._whole(), default=None)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
@@ -40,7 +63,20 @@ class Checkpoints:
         self.barrier()
         write(unfinished)
         self.barrier()
+        parts = target.with_suffix(".manifest")
         if self.rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir()
+        self.barrier()
+        own = _files(unfinished)[self.rank :: self.world]
+        (parts / str(self.rank)).write_text(json.dumps({name: _facts(unfinished / name) for name in own}))
+        self.barrier()
+        if self.rank == 0:
+            found: dict[str, Any] = {}
+            for part in parts.iterdir():
+                found |= json.loads(part.read_text())
+            (unfinished / MANIFEST).write_text(json.dumps(found, indent=1, sort_keys=True))
+            shutil.rmtree(parts)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
             for old in sorted(self._whole())[:-KEPT]:
@@ -58,3 +94,35 @@ class Checkpoints:
 
     def _whole(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if not path.suffix]
+
+
+def damage(path: Path) -> str:
+    """What of a checkpoint is not what its manifest says; empty: nothing."""
+    try:
+        written = {name: list(facts) for name, facts in json.loads((path / MANIFEST).read_bytes()).items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    there = set(_files(path))
+    for name in sorted(written.keys() | there):
+        if name not in there:
+            return f"{name} is missing"
+        if name not in written:
+            return f"{name} is not in the manifest"
+        if _facts(path / name) != written[name]:
+            return f"{name} is not what was written"
+    return ""
+
+
+def _files(path: Path) -> list[str]:
+    """Relative names of all files but the manifest, sorted."""
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _facts(file: Path) -> list[Any]:
+    """Size and SHA-256 of a file, once it is on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    return [file.stat().st_size, storage.sha256(file)]

@@ -129,7 +129,7 @@ class Worker:
         self.meter = Meter(module)
         self.engine = start_engine(module, job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"
-        self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier)
+        self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
         self.step = self.consumed = 0
 
     def run(self) -> None:
