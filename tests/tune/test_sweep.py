@@ -107,7 +107,7 @@ def check_what_it_leaves(folder: Path, said: str) -> None:
     pruned = [row for row in facts["trials"] if row["state"] == "pruned"]
     assert facts["steps_not_taken"] == sum(6 - row["step"] for row in pruned)
     page = (run / "sweep.html").read_text()
-    assert "Parallel coordinates" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "Parallel coordinates" in page and "://" not in page
     events = list((run / "sweep" / "tensorboard").rglob("events.*"))
     assert len(events) == 5
 
