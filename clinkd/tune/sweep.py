@@ -63,6 +63,11 @@ def sweep(config: RunConfig, fixed: Sequence[Mapping[str, Any]] | None = None) -
     with open_run(config) as run, _alone(sweep_folder(config)):
         run.connect()
         most = concurrent_trials(config, _nodes(), cluster.data_cpus())
+        if config.sweep.scheduler == "pbt" and config.sweep.trials > most and not cluster.started_here():
+            raise ConfigError(
+                f"sweep.trials: a population of {config.sweep.trials} trains side by side, the cluster has "
+                f"room for {most}; lower it, or take scheduler: asha"
+            )
         study = open_study(config)
         pipeline.share(run)
         if reflects(keys, config):

@@ -15,6 +15,7 @@ import yaml
 from small_run import CONFIG, SMALL, clinkd, lines, start
 
 from clinkd.config import load_config
+from clinkd.storage import sha256
 from clinkd.tune.study import open_study, own_trials
 
 pytestmark = pytest.mark.slow
@@ -92,7 +93,14 @@ def test_killed_twice_and_resumed_the_study_is_the_undisturbed_one(finished: Pat
     assert outcome(cut, path) == outcome(whole, path)
     best = [(place / "runs" / "swept" / "best.yaml").read_text() for place in (whole, cut)]
     assert best[0] == best[1]
+    assert students(cut) == students(whole) != {}
     check_what_it_leaves(whole, done.stdout)
+
+
+def students(folder: Path) -> dict[str, str]:
+    """Digests of the trained weights, by artifact: bit for bit the same however often they were cut off."""
+    found = (folder / "runs" / "artifacts").glob("distill-*/model/model.safetensors")
+    return {path.parent.parent.name: sha256(path) for path in found}
 
 
 def check_what_it_leaves(folder: Path, said: str) -> None:
@@ -102,8 +110,8 @@ def check_what_it_leaves(folder: Path, said: str) -> None:
     assert "the teacher was asked once" in said and "min saved" in said
     assert len([path for path in (folder / "runs" / "artifacts").glob("label-*") if path.is_dir()]) == 1
     ended = [row for row in facts["trials"] if row["state"] == "complete"]
-    students = [path for path in (folder / "runs" / "artifacts").glob("distill-*") if path.is_dir()]
-    assert len(students) == len(ended)  # what ended early left nothing
+    left = [path for path in (folder / "runs" / "artifacts").glob("distill-*") if path.is_dir()]
+    assert len(left) == len(ended)  # what ended early left nothing
     pruned = [row for row in facts["trials"] if row["state"] == "pruned"]
     assert facts["steps_not_taken"] == sum(6 - row["step"] for row in pruned)
     page = (run / "sweep.html").read_text()
