@@ -36,6 +36,15 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self.trials[trial_id], values = found
         return {"values": values, "number": self.trials[trial_id].number}
 
+    def all_at_once(self) -> list[dict[str, Any]]:
+        """Every trial that is left, under its number in the place of an id, until Ray Tune gives one."""
+        found: list[dict[str, Any]] = []
+        while isinstance(suggested := self.suggest(f"number-{len(found)}"), dict):
+            number = suggested["number"]
+            self.trials[str(number)] = self.trials.pop(f"number-{len(found)}")
+            found.append(suggested)
+        return found
+
     def look(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Notes a rung; whether the trial is to go on."""
         trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
@@ -116,12 +125,21 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "search"}
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self.search.trials[trial.trial_id] = self.search.trials.pop(str(trial.config["trial"]["number"]))
+        super().on_trial_add(tune_controller, trial)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self.search.look(trial.trial_id, result)
         return str(super().on_trial_result(tune_controller, trial, result))
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.search.on_trial_complete(trial.trial_id, result)
+        super().on_trial_complete(tune_controller, trial, result)
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.search.failed(trial.trial_id, trial.get_error())
+        self.search.on_trial_complete(trial.trial_id, None, error=True)
         super().on_trial_error(tune_controller, trial)
 
 
@@ -131,8 +149,9 @@ def population(search: StudySearch, config: RunConfig) -> Population:
 
     def into_bounds(values: dict[str, Any]) -> dict[str, Any]:
         """Perturbed values, put back into the space."""
-        own = {key: _into(value, space[key]) for key, value in values["values"].items()}
-        return values | {"values": own}
+        trial = values["trial"]
+        own = {key: _into(value, space[key]) for key, value in trial["values"].items()}
+        return values | {"trial": trial | {"values": own}}
 
     return Population(
         search,
@@ -140,7 +159,9 @@ def population(search: StudySearch, config: RunConfig) -> Population:
         metric=config.sweep.metrics[0],
         mode="max",
         perturbation_interval=config.sweep.grace,
-        hyperparam_mutations={"values": {key: _drawn(dimension) for key, dimension in space.items()}},
+        hyperparam_mutations={
+            "trial": {"values": {key: _drawn(dimension) for key, dimension in space.items()}}
+        },
         custom_explore_fn=into_bounds,
         synch=True,
     )

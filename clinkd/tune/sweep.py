@@ -156,13 +156,18 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
         search = StudySearch(asker, board)
         notes = sweep_folder(config).resolve() / "tune"
         shutil.rmtree(notes, ignore_errors=True)  # the study is what a sweep goes on from
-        scheduler = population(search, config) if options.scheduler == "pbt" else StudyScheduler(search)
+        how: dict[str, Any] = {
+            "search_alg": search, "scheduler": StudyScheduler(search), "num_samples": left,
+            "max_concurrent_trials": most,
+        }  # fmt: skip
+        space = {}
+        if options.scheduler == "pbt":  # Ray Tune lets no searcher stand beside it: all are drawn before
+            how = {"scheduler": population(search, config)}
+            space = {"trial": tune.grid_search(search.all_at_once())}
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 0.01}),
-            tune_config=tune.TuneConfig(
-                search_alg=search, scheduler=scheduler, num_samples=left, reuse_actors=True,
-                max_concurrent_trials=left if options.scheduler == "pbt" else most,
-            ),
+            param_space=space,
+            tune_config=tune.TuneConfig(reuse_actors=True, **how),
             run_config=tune.RunConfig(
                 name="tune", storage_path=str(notes.parent), verbose=0,
                 failure_config=tune.FailureConfig(max_failures=options.retries),

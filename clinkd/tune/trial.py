@@ -191,7 +191,8 @@ class SweepTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._trial = Trial(dict(new_config["values"]), self._base, self._warm)
+        chosen = new_config.get("trial", new_config)
+        self._trial = Trial(dict(chosen["values"]), self._base, self._warm)
         return True
 
     def step(self) -> dict[str, Any]:

@@ -72,6 +72,10 @@ def batch() -> dict[str, Tensor]:
 
 
 def counted(module: torch.nn.Module, arguments: dict[str, Tensor]) -> float:
+    model = getattr(module, "model", None)
+    if hasattr(model, "forward_hidden"):  # the formula is of a plain pass, which spares itself nothing
+        plain = model.forward_hidden
+        model.forward_hidden = lambda **given: plain(**{**given, "wanted": None})
     with FlopCounterMode(display=False) as counter:
         module(**arguments)["loss"].backward()
     return counter.get_total_flops()
