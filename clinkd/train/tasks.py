@@ -96,8 +96,9 @@ class AnswerLoss(nn.Module):
     def hidden(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """States [N, H] that predict the N answer tokens, and those tokens [N]."""
         chosen = labels[:, 1:] != -100
-        recomputed = getattr(self.model, "is_gradient_checkpointing", False)  # without what is wanted
-        wanted = None if recomputed else F.pad(chosen, (0, 1))
+        # A layer that is computed again forgets what was wanted; ZeRO-3 gathers by hooks of its own.
+        whole = self.overhead is None or getattr(self.model, "is_gradient_checkpointing", False)
+        wanted = None if whole else F.pad(chosen, (0, 1))
         states = self.model.forward_hidden(**inputs, overhead=self.overhead, wanted=wanted)[:, :-1]
         return states[chosen], labels[:, 1:][chosen]
 
