@@ -303,9 +303,8 @@ class GuidedModel(_Model):
                         )  # fmt: skip
                 groups = length_groups(attention_mask.sum(1).tolist(), overhead)
                 if len(groups) > 1:
-                    return hidden_by_groups(
-                        self, groups, input_ids, attention_mask, images, alignment, relevance, wanted
-                    )  # fmt: skip
+                    given = (input_ids, attention_mask, images, alignment, relevance, wanted)
+                    return hidden_by_groups(self, groups, *given)
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
         with self.last_layer.only(None if wanted is None else wanted.reshape(input_ids.shape)):

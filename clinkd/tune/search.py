@@ -93,9 +93,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         pass  # the study is the driver's memory
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep goes on from its study")
-
 
 class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
     """Stops a trial where the study's pruner says so."""
