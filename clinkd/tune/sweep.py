@@ -78,7 +78,8 @@ def sweep(config: RunConfig, fixed: Sequence[Mapping[str, Any]] | None = None) -
         facts = saved(run, rows, training.distill_steps(run))
         write_whole(run.folder / "sweep.json", json.dumps({"trials": rows} | facts, indent=1))
         if fixed is None:
-            write_best(best_config(config, rows), run.folder)
+            if config.sweep.scheduler != "pbt":  # a population's settings changed under way
+                write_best(best_config(config, rows), run.folder)
             shares = importances(study, config)
             build_sweep(config.run.name, rows, config.sweep.metrics, facts, shares, run.folder / "sweep.html")
         return Swept(rows, run.folder, facts)

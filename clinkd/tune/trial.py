@@ -83,6 +83,7 @@ class Trial:
     values: dict[str, Any]
     base: RunConfig
     warm: Warm
+    number: int = 0
     lineage: list[str] = field(default_factory=list)
     start: Path | None = None  # a checkpoint to begin from
     step: int = 0
@@ -111,7 +112,7 @@ class Trial:
     def _known(self, run: Run) -> dict[str, Any]:
         """Scores at rungs that were reached before a kill."""
         path = run.folder / RUNGS
-        if self.lineage or self.base.sweep.scheduler == "pbt" or not path.is_file():
+        if self.base.sweep.scheduler == "pbt" or not path.is_file():
             return {}
         return dict(json.loads(path.read_text()))
 
@@ -192,7 +193,7 @@ class SweepTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         chosen = new_config.get("trial", new_config)
-        self._trial = Trial(dict(chosen["values"]), self._base, self._warm)
+        self._trial = Trial(dict(chosen["values"]), self._base, self._warm, chosen["number"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -202,7 +203,9 @@ class SweepTrial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         folder, trial = Path(checkpoint_dir), self._trial
-        facts: dict[str, Any] = {"step": trial.step, "lineage": trial.lineage, "values": trial.values}
+        facts: dict[str, Any] = {
+            "trial": trial.number, "step": trial.step, "lineage": trial.lineage, "values": trial.values,
+        }  # fmt: skip
         if trial.reached is not None:
             shutil.copytree(trial.reached, folder / trial.reached.name)
             facts["weights"] = digest(folder / trial.reached.name)
@@ -219,7 +222,11 @@ class SweepTrial(tune.Trainable):
         kept = Path(tempfile.mkdtemp(prefix="clinkd-")) / start.name  # Ray Tune's own folder may go
         own.start, own.step = shutil.copytree(start, kept), facts["step"]
         own.lineage = [*facts["lineage"], mark]
-        own.cloned = {"source": facts["weights"], "weights": digest(own.start), "step": own.step}
+        if facts["trial"] != own.number:  # else it was only paused
+            own.cloned = {
+                "trial": own.number, "from": facts["trial"], "step": own.step,
+                "source": facts["weights"], "weights": digest(own.start),
+            }  # fmt: skip
 
     def cleanup(self) -> None:
         self._warm.close()

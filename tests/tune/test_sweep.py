@@ -120,7 +120,6 @@ def check_what_it_leaves(folder: Path, said: str) -> None:
     assert len(events) == 5
 
 
-@pytest.mark.skipif("CLINKD_UNSEEN" not in os.environ, reason="not seen to pass yet; CLINKD_UNSEEN=1 runs it")
 def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_path: Path) -> None:
     """Its DeepSpeed file is not there, which the workers find out."""
     folder = root(finished, tmp_path)
@@ -137,7 +136,9 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_
     assert "fail" in done.stdout
 
 
-@pytest.mark.skipif("CLINKD_UNSEEN" not in os.environ, reason="not seen to pass yet; CLINKD_UNSEEN=1 runs it")
+@pytest.mark.skipif(
+    "CLINKD_CLONES" not in os.environ, reason="all scores are 0 so early: a clone comes by chance"
+)
 def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
     clones = lines(notes)
     assert clones, "nothing was cloned"
     for clone in clones:
+        assert clone["trial"] != clone["from"]
         assert clone["weights"] == clone["source"] and len(clone["weights"]) == 64
         # Its learning rate is its own: the curve's factor times what the clone was given.
         assert clone["first_step"] == clone["step"] + 1
