@@ -261,6 +261,7 @@ class GuidedModel(_Model):
         position_ids: Tensor | None = None,
         overhead: int | None = None,
         wanted: Tensor | None = None,
+        share: bool = True,
     ) -> Tensor:
         """Last hidden states, one vision tower pass per distinct image.
 
@@ -279,6 +280,7 @@ class GuidedModel(_Model):
                 taken in groups of like length where that saves more padding, and with ``wanted`` rows that
                 begin with the same images share that beginning. None: one pass for all.
             wanted: bool [B, L], behind the row's last image; states elsewhere may be anything. None: all.
+            share: whether rows may share a beginning.
 
         Returns:
             [B, L, H], after the last norm; ``lm_head`` makes logits of it.
@@ -295,9 +297,8 @@ class GuidedModel(_Model):
             outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
-                if wanted is not None:
-                    shared = self._sharing(input_ids, image_index, overhead)
-                    if shared is not None:
+                if wanted is not None and share:
+                    if (shared := self._sharing(input_ids, image_index, overhead)) is not None:
                         return hidden_by_prefix(
                             self, *shared, input_ids, attention_mask, images, wanted, overhead
                         )  # fmt: skip

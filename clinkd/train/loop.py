@@ -126,6 +126,10 @@ class Worker:
             self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
         self.feed: Any = None
         module = task.build()
+        if job.zero_stage >= 2 and hasattr(module, "shares"):
+            # It reduces gradients in the order in which they become ready, which sharing changes: where one
+            # rank's batch shares and another's does not, weights of one shape would get each other's.
+            module.shares = False
         self.meter = Meter(module)
         self.engine = start_engine(module, job.optim, job.compute, job.zero_stage, job.steps)
         self.metrics = Path(job.out) / "metrics.jsonl"

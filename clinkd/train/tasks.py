@@ -77,6 +77,9 @@ PASS = 64
 class AnswerLoss(nn.Module):
     """Cross-entropy of a model's answers, as a sum over the batch's answer tokens."""
 
+    shares = True
+    """Whether rows that begin alike may share that beginning; train/loop.py says no under ZeRO-2 and 3."""
+
     def __init__(
         self,
         model: GuidedModel,
@@ -99,7 +102,9 @@ class AnswerLoss(nn.Module):
         # A layer that is computed again forgets what was wanted; ZeRO-3 gathers by hooks of its own.
         whole = self.overhead is None or getattr(self.model, "is_gradient_checkpointing", False)
         wanted = None if whole else F.pad(chosen, (0, 1))
-        states = self.model.forward_hidden(**inputs, overhead=self.overhead, wanted=wanted)[:, :-1]
+        states = self.model.forward_hidden(
+            **inputs, overhead=self.overhead, wanted=wanted, share=self.shares
+        )[:, :-1]
         return states[chosen], labels[:, 1:][chosen]
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
