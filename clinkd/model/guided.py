@@ -297,15 +297,14 @@ class GuidedModel(_Model):
             outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
-                if wanted is not None and share:
-                    if (shared := self._sharing(input_ids, image_index, overhead)) is not None:
-                        return hidden_by_prefix(
-                            self, *shared, input_ids, attention_mask, images, wanted, overhead
-                        )  # fmt: skip
+                shared = self._sharing(input_ids, image_index, overhead) if share else None
+                if wanted is not None and shared is not None:
+                    given = (input_ids, attention_mask, images, wanted, overhead)
+                    return hidden_by_prefix(self, *shared, *given)
                 groups = length_groups(attention_mask.sum(1).tolist(), overhead)
                 if len(groups) > 1:
-                    given = (input_ids, attention_mask, images, alignment, relevance, wanted)
-                    return hidden_by_groups(self, groups, *given)
+                    rows = (input_ids, attention_mask, images, alignment, relevance, wanted)
+                    return hidden_by_groups(self, groups, *rows)
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
         with self.last_layer.only(None if wanted is None else wanted.reshape(input_ids.shape)):
