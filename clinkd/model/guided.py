@@ -299,12 +299,15 @@ class GuidedModel(_Model):
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
                 shared = self._sharing(input_ids, image_index, overhead) if share else None
                 if wanted is not None and shared is not None:
-                    given = (input_ids, attention_mask, images, wanted, overhead)
-                    return hidden_by_prefix(self, *shared, *given)
+                    same, prefixes = shared
+                    return hidden_by_prefix(
+                        self, same, prefixes, input_ids, attention_mask, images, wanted, overhead
+                    )  # fmt: skip
                 groups = length_groups(attention_mask.sum(1).tolist(), overhead)
                 if len(groups) > 1:
-                    rows = (input_ids, attention_mask, images, alignment, relevance, wanted)
-                    return hidden_by_groups(self, groups, *rows)
+                    return hidden_by_groups(
+                        self, groups, input_ids, attention_mask, images, alignment, relevance, wanted
+                    )  # fmt: skip
         else:
             unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
         with self.last_layer.only(None if wanted is None else wanted.reshape(input_ids.shape)):
