@@ -50,10 +50,15 @@ def settings_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+class NoStudy(ConfigError):
+    """The study that is looked for has not begun."""
+
+
 def open_study(config: RunConfig, *, create: bool = True) -> Any:
     """The sweep's ``optuna.Study``, made if need be.
 
     Raises:
+        NoStudy: it is only looked for (``create=False``) and has not begun.
         ConfigError: no database there, or the study was begun with other settings.
     """
     import optuna
@@ -61,16 +66,21 @@ def open_study(config: RunConfig, *, create: bool = True) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url, name = storage_url(config), config.run.name
     try:
-        storage = optuna.storages.RDBStorage(url)
+        # One who only looks makes no tables: the sweep that is beginning would trip over them.
+        storage = optuna.storages.RDBStorage(
+            url, skip_table_creation=not create, skip_compatibility_check=not create
+        )
         if not create:
             return optuna.load_study(study_name=name, storage=storage)
         study = optuna.create_study(
             study_name=name, storage=storage, load_if_exists=True, pruner=_pruner(config),
             directions=["maximize"] * len(config.sweep.metrics),
         )  # fmt: skip
-    except KeyError:
-        raise ConfigError(f"{url}: no study of the name {name} there; `clinkd sweep` makes it") from None
     except Exception as error:  # SQLAlchemy's and the drivers' own
+        if not create and (isinstance(error, KeyError) or not _has_tables(url)):
+            raise NoStudy(
+                f"{_without_password(url)}: no study of the name {name} there; `clinkd sweep` makes it"
+            ) from None
         raise ConfigError(f"sweep.storage: {_without_password(url)}: {_first_line(error)}") from None
     begun = study.user_attrs.get(SETTINGS)
     if begun is None:
@@ -86,6 +96,16 @@ def open_study(config: RunConfig, *, create: bool = True) -> Any:
             f"run.name=another, or put {sweep_folder(config)} away"
         )
     return study
+
+
+def _has_tables(url: str) -> bool:
+    """Whether Optuna has put its tables there; true too of a server that does not answer."""
+    import sqlalchemy
+
+    try:
+        return bool(sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"))
+    except Exception:  # a driver that is not installed is none of SQLAlchemy's own errors
+        return not url.startswith("sqlite")  # whose file is not there yet
 
 
 def _without_password(url: str) -> str:

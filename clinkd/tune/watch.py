@@ -8,31 +8,41 @@ from typing import Any
 
 from clinkd.config import RunConfig
 from clinkd.tune.space import trials_wanted
-from clinkd.tune.study import open_study, own_trials
+from clinkd.tune.study import NoStudy, open_study, own_trials
 from clinkd.tune.summary import rows_of, table
 
 SHOWN = 12
 
 
 def watch(config: RunConfig, interval: float = 2.0) -> None:
-    """Shows the sweep until all its trials have ended, or Ctrl-C.
+    """Shows the sweep until all its trials have ended, or Ctrl-C; on a terminal it waits for one to begin.
 
     Raises:
-        ConfigError: no such study.
+        NoStudy: no such sweep, and nobody at a terminal to wait for it.
     """
     from rich.console import Console
     from rich.live import Live
 
-    study, console = open_study(config, create=False), Console(file=sys.stdout)
+    console = Console(file=sys.stdout)
     if not console.is_terminal:
-        print(view(study, config))
+        print(view(open_study(config, create=False), config))
         return
+    study = _awaited(config, console, interval)
     with Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(view(study, config), refresh=True)
             if ended(study) >= trials_wanted(config):
                 return
             time.sleep(interval)
+
+
+def _awaited(config: RunConfig, console: Any, interval: float) -> Any:
+    with console.status(f"sweep {config.run.name} has not begun; waiting for it (Ctrl-C to stop)"):
+        while True:
+            try:
+                return open_study(config, create=False)
+            except NoStudy:
+                time.sleep(interval)
 
 
 def ended(study: Any) -> int:

@@ -11,7 +11,7 @@ import pytest
 from clinkd.config import ConfigError, RunConfig, with_values
 from clinkd.tune.search import StudyScheduler, StudySearch, _into
 from clinkd.tune.space import trials_wanted
-from clinkd.tune.study import Asker, open_study, own_trials
+from clinkd.tune.study import Asker, NoStudy, open_study, own_trials, storage_url, sweep_folder
 from clinkd.tune.summary import best_config, importances, rows_of, table
 from clinkd.tune.watch import view
 
@@ -163,6 +163,28 @@ def test_who_looks_on_sees_what_runs_and_what_ended(tmp_path: Path) -> None:
     said = view(open_study(made), made).splitlines()
     assert said[0] == "sweep s: 12 trials: 1 done, 0 ended early, 0 failed, 1 running"
     assert said[1].startswith("  trial 1: step 100, score ")
+
+
+def test_who_looks_before_it_begins_is_told_so_and_makes_no_tables(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    folder = sweep_folder(made)
+    folder.rmdir()
+    with pytest.raises(NoStudy, match="clinkd sweep"):
+        open_study(made, create=False)
+    folder.mkdir()
+    (folder / "study.db").touch()  # it is beginning this moment
+    with pytest.raises(NoStudy):
+        open_study(made, create=False)
+    assert (folder / "study.db").stat().st_size == 0
+    open_study(with_values(made, {"run.name": "other", "sweep.storage": storage_url(made)}))
+    with pytest.raises(NoStudy):
+        open_study(made, create=False)
+
+
+def test_who_looks_at_a_server_that_does_not_answer_is_not_told_to_wait(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_study(config(tmp_path, storage="postgresql://me:secret@127.0.0.1:1/optuna"), create=False)
+    assert not isinstance(caught.value, NoStudy) and "secret" not in str(caught.value)
 
 
 def test_perturbed_values_are_put_back_into_the_space() -> None:

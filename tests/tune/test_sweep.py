@@ -16,7 +16,7 @@ from small_run import CONFIG, SMALL, clinkd, lines, start
 
 from clinkd.config import load_config
 from clinkd.storage import sha256
-from clinkd.tune.study import open_study, own_trials
+from clinkd.tune.study import NoStudy, open_study, own_trials
 
 pytestmark = pytest.mark.slow
 
@@ -58,9 +58,13 @@ def study_of(folder: Path, path: str) -> Any:
 
 
 def outcome(folder: Path, path: str) -> list[tuple[Any, ...]]:
+    try:
+        trials = own_trials(study_of(folder, path))
+    except NoStudy:  # it is only beginning
+        return []
     return [
         (trial.number, trial.state.name, trial.params, trial.intermediate_values, trial.values)
-        for trial in own_trials(study_of(folder, path))
+        for trial in trials
     ]
 
 
@@ -71,8 +75,7 @@ def kill_when(folder: Path, path: str, ready: Any) -> None:
     try:
         while time.monotonic() < until and process.poll() is None:
             time.sleep(0.3)
-            database = folder / "runs" / "swept" / "sweep" / "study.db"
-            if database.is_file() and ready(outcome(folder, path)):
+            if ready(outcome(folder, path)):
                 return
         raise AssertionError("the sweep ended, or never came so far")
     finally:
