@@ -20,7 +20,7 @@ demo: install
 test: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=30
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 
 # In a folder of its own, which only its tests see; the lock file says why.

@@ -21,6 +21,7 @@ from pathlib import Path
 import typer
 
 from clinkd import cli_data, console
+from clinkd.interrupt import Terminated
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
 
@@ -306,6 +307,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     certify,
     plan,
+    cli_data.doctor,
     cli_data.validate,
     config,
 )
@@ -330,8 +332,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
+        typer.echo("interrupted; the same command goes on from here", err=True)
         return 130
+    except Terminated:
+        typer.echo("ended by SIGTERM; the same command goes on from here", err=True)
+        return 0
     except BrokenPipeError:  # the reader of standard output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

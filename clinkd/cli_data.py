@@ -105,6 +105,27 @@ def validate(
         raise
 
 
+def doctor(
+    root: Path = typer.Option(Path("runs"), "--root", help="Where runs would be kept."),
+    storage: str | None = typer.Option(None, "--storage", help="A bucket to try: s3://bucket/prefix."),
+    endpoint: str | None = typer.Option(None, "--endpoint", help="An S3 that is not Amazon's."),
+) -> None:
+    """Check this machine: versions, GPU, compilers, Java, memory, disk, ports, object storage.
+
+    One line each, with what to do. Exit code 1 where something fails that the main job needs.
+    Example: clinkd doctor --storage s3://bucket/clinkd
+    """
+    from clinkd.ops.doctor import doctor as checks
+    from clinkd.storage import configure
+
+    configure(endpoint)
+    failed = False
+    for finding in checks(root, storage):
+        typer.echo(finding.line())
+        failed = failed or finding.state == "failed"
+    raise typer.Exit(1 if failed else 0)
+
+
 def show(
     path: str = typer.Argument(..., help="A folder or URI that prepare made."),
     out: Path = typer.Option(Path("sheet.png"), "--out", help="The sample sheet, PNG."),

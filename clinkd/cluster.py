@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from clinkd.config import ConfigError
+from clinkd.interrupt import handlers_kept
 
 TRAIN_ENV = {
     # What transformers says on the way is no news; errors still arrive as such.
@@ -61,9 +62,11 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
         target = address or os.environ.get("RAY_ADDRESS") or "local"
         if target == "local":
             check_workers(workers, cpus_per_worker, real_cores())
-            _start()
+            with handlers_kept():
+                _start()
             return
-        _join(target, "compute.address" if address else "RAY_ADDRESS")
+        with handlers_kept():
+            _join(target, "compute.address" if address else "RAY_ADDRESS")
     cpus = usable_cpus()
     check_workers(workers, cpus_per_worker, cpus)
     if workers and cpus < 2 and not _started_here:

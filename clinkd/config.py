@@ -162,7 +162,22 @@ class ComputeSection(Section):
         "compute.deepspeed says, else by the model's width",
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    max_failures: int = Field(2, ge=0)
+    max_failures: int = Field(2, ge=0, description="worker failures to recover from, of a run's stages")
+    max_preemptions: int = Field(
+        -1, ge=-1, description="nodes taken away to recover from, counted apart; -1: any number"
+    )
+    min_workers: int | None = Field(
+        None, ge=1, description="go on with as few when nodes are taken away; none: wait for all workers"
+    )
+    grace: float = Field(
+        60, gt=0, description="seconds that a checkpoint may take after SIGTERM or Ctrl-C, before all ends"
+    )
+
+    @model_validator(mode="after")
+    def _elastic(self) -> ComputeSection:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than workers ({self.workers})")
+        return self
 
     @model_validator(mode="after")
     def _offloaded(self) -> ComputeSection:
@@ -171,6 +186,20 @@ class ComputeSection(Section):
         if self.offload_parameters and not self.cpu_offload:
             raise ValueError("offload_parameters needs cpu_offload: true")
         return self
+
+
+class WatchSection(Section):
+    """What training does about what goes wrong without an error; warnings are lines of events.jsonl."""
+
+    nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="of a step whose loss or gradients are not finite: leave it out, or end"
+    )
+    patience: int = Field(5, ge=1, description="steps left out in a row, after which training ends")
+    explosion: float = Field(20, gt=1, description="times its median that a loss is said to explode at")
+    on_explosion: Literal["note", "rollback", "stop"] = Field(
+        "note", description="of a loss that explodes; rollback: to the last checkpoint, past those steps"
+    )
+    slow_step: float = Field(10, gt=1, description="times the median that a step is said to be slow at")
 
 
 class SinksSection(Section):
@@ -200,6 +229,7 @@ class RunConfig(Section):
     reflect: ReflectSection = ReflectSection()
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
+    watch: WatchSection = WatchSection()
     sinks: SinksSection = SinksSection()
     sweep: SweepSection = SweepSection()
 

@@ -140,6 +140,8 @@ class Progress:
             if not isinstance(step, int) or "event" in line:
                 if record:
                     self._append(line)
+                if "said" in line:
+                    self._print(f"{stage}: {line['said']}")
                 return
             if stage != self._stage:
                 self.start(str(stage), line.get("total"))

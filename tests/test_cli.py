@@ -178,7 +178,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys, monkeypatch) -> No
 def test_an_interrupt_is_130(capsys, monkeypatch) -> None:
     broken(monkeypatch, KeyboardInterrupt())
     code, _, err = run(capsys, "config", "x.yaml")
-    assert code == 130 and err.splitlines()[-1] == "interrupted"
+    assert code == 130 and err.splitlines()[-1] == "interrupted; the same command goes on from here"
 
 
 # The cluster

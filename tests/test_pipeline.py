@@ -141,23 +141,31 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: s
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None:
-    """kill -9 of the driver and all it started; the same command resumes from the last checkpoint."""
-    changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0"]
+def test_ended_and_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None:
+    """SIGTERM saves the step under way; kill -9 of all that was started costs those since a checkpoint."""
+    changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0", "compute.checkpoint_every=8"]
     arguments = ["run", str(CONFIG), *SMALL, *changes]
-    before = set((finished / "runs" / "artifacts").glob("distill-*"))
+    artifacts = finished / "runs" / "artifacts"
+    before = set(artifacts.glob("distill-*"))
     first = start(finished, *arguments)
-    reached = wait_for_step(finished / "runs" / "artifacts", 10, first)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert reached < 40
+    wait_for_step(artifacts, 10, first)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait(timeout=120) == 0
+    (partial,) = artifacts.glob("distill-*.partial")
+    taken = len(lines(partial / "metrics.jsonl"))
+    saved = max(path.name for path in partial.glob("work/distill/step-*"))
+    assert 10 <= taken < 40 and saved == f"step-{taken:08d}"
+
+    second = start(finished, *arguments, "compute.workers=1")
+    wait_for_step(artifacts, taken + 3, second)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
 
     done = clinkd(finished, *arguments)
     assert done.returncode == 0, done.stderr
-    made = set((finished / "runs" / "artifacts").glob("distill-*")) - before
-    metrics = next(path for path in made if path.is_dir()) / "metrics.jsonl"
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 41))  # none twice, none missing
+    made = set(artifacts.glob("distill-*")) - before
+    metrics = lines(next(path for path in made if path.is_dir()) / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 41))  # none twice, none missing
     assert "skipped teacher" in done.stderr and "skipped distill" not in done.stderr
 
 

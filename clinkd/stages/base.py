@@ -25,6 +25,7 @@ from clinkd import storage
 from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
 from clinkd.data.codec import MODEL_SPELLING
+from clinkd.interrupt import terminable
 from clinkd.progress import Progress
 from clinkd.sinks import check_sinks, open_sinks
 
@@ -134,7 +135,7 @@ def open_run(config: RunConfig, stream: IO[str] | None = None) -> Iterator[Run]:
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", to_yaml(config))
-    with Progress(folder / "metrics.jsonl", stream=stream) as progress:
+    with terminable(), Progress(folder / "metrics.jsonl", stream=stream) as progress:
         if "_ray_pkg_" in str(Path.cwd()) and not Path(config.run.root).is_absolute():  # a job's working_dir
             progress.say(
                 f"run.root: {config.run.root} lies in the job's copy of --working-dir, which Ray removes "

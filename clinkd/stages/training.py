@@ -209,6 +209,7 @@ def train(
     from clinkd.data.ingest import read_records
     from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob
+    from clinkd.train.resume import begun
 
     out = out or draft.path
     data = run.done["prepare"].path
@@ -217,11 +218,12 @@ def train(
     if not chosen:
         raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
     ledger = Ledger([turns[record] for record in chosen], optim.questions_per_image, 0)
-    steps = steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
+    workers = run.config.compute.workers
+    began = begun(draft.work / stage, steps_of(optim, ledger.groups_per_epoch, workers), workers)
     job = TrainJob(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
-        steps=steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
-        work=str(draft.work.resolve()), until=until,
+        steps=began.steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
+        work=str(draft.work.resolve()), until=until, dealt=began.workers, watch=run.config.watch,
         rows=fingerprint("rows", {"prepare": run.done["prepare"].fingerprint}, {"records": chosen}),
     )  # fmt: skip
     return _fit(run, job, read_records(data, split="train", ids=records), len(chosen))
@@ -229,20 +231,23 @@ def train(
 
 def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
     """Runs a job and shows its progress; returns the stage's counts."""
+    from clinkd.train.guard import EVENTS
+
     metrics = Path(job.out) / "metrics.jsonl"
     run.progress.start(job.stage, job.steps)
     stop = threading.Event()
-    follower = tail_metrics(metrics, run.progress, stop)
+    followers = [tail_metrics(path, run.progress, stop) for path in (metrics, metrics.with_name(EVENTS))]
     try:
         run.train(job, rows)
     finally:
         stop.set()
-        follower.join()
+        for follower in followers:
+            follower.join()
     run.progress.finish()
     if job.end < job.steps:
         raise Paused(job.paused, Path(job.work) / job.stage)
     last = json.loads(metrics.read_text().splitlines()[-1])
-    return {"steps": job.steps, "loss": last["loss"], "records": records}
+    return {"steps": job.steps, "loss": last.get("loss"), "records": records}
 
 
 def train_streamed(
@@ -251,14 +256,17 @@ def train_streamed(
     """Trains one stage on the training split as its shards stream by; see train/feed.py."""
     from clinkd.train.feed import StreamTask
     from clinkd.train.loop import TrainJob
+    from clinkd.train.resume import begun
 
     source = stream_spec(run, draft, optim, spec)
     workers = run.config.compute.workers
+    steps = optim.steps or source.steps(optim.epochs, optim.accumulation, workers)
+    began = begun(draft.work / stage, steps, workers)
     job = TrainJob(
         stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
-        compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed,
-        steps=optim.steps or source.steps(optim.epochs, optim.accumulation, workers),
-        out=str(draft.path.resolve()), work=str(draft.work.resolve()),
+        compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed, steps=began.steps,
+        out=str(draft.path.resolve()), work=str(draft.work.resolve()), dealt=began.workers,
+        watch=run.config.watch,
     )  # fmt: skip
     return _fit(run, job, None, len(source.lengths.ids))
 

@@ -12,6 +12,7 @@ Decisions:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from clinkd import storage
+from clinkd.data.shards import DataError
 
 KEPT = 2
+ROOM = 1 << 20  # bytes free, under which a write that failed is put down to the disk
 MANIFEST, FAULT = "manifest.json", "fault.txt"
 
 
@@ -37,6 +40,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, rank: int, barrier: Callable[[], None], world: int = 1) -> None:
         self.folder, self.rank, self.barrier, self.world = folder, rank, barrier, world
+        folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Path | None:
         """The last checkpoint that is what was written; damaged ones are set aside, with a warning."""
@@ -53,8 +57,27 @@ class Checkpoints:
         self.barrier()
         return max(self._whole(), default=None)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Has each rank ``write`` its part into a folder, which then becomes the checkpoint of ``step``."""
+    def save(self, step: int, write: Callable[[Path], None]) -> int:
+        """Has each rank ``write`` its part into a folder, which then becomes the checkpoint of ``step``.
+
+        Returns:
+            Bytes of it, on rank 0.
+
+        Raises:
+            DataError: the disk is full; what was there before is whole.
+        """
+        try:
+            return self._save(step, write)
+        except (OSError, RuntimeError) as error:  # torch's writer hides what the disk said
+            free = shutil.disk_usage(self.folder).free
+            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and free > ROOM:
+                raise
+            raise DataError(
+                f"{self.folder}: no room for the checkpoint of step {step} ({free / 2**20:.0f} MiB free); "
+                "make room, and the same command goes on from the one before"
+            ) from error
+
+    def _save(self, step: int, write: Callable[[Path], None]) -> int:
         target = self.folder / f"step-{step:08d}"
         unfinished = target.with_suffix(".unfinished")
         if self.rank == 0:
@@ -71,17 +94,20 @@ class Checkpoints:
         own = _files(unfinished)[self.rank :: self.world]
         (parts / str(self.rank)).write_text(json.dumps({name: _facts(unfinished / name) for name in own}))
         self.barrier()
+        found: dict[str, Any] = {}
         if self.rank == 0:
-            found: dict[str, Any] = {}
             for part in parts.iterdir():
                 found |= json.loads(part.read_text())
             (unfinished / MANIFEST).write_text(json.dumps(found, indent=1, sort_keys=True))
             shutil.rmtree(parts)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
-            for old in sorted(self._whole())[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            kept = sorted(self._whole())[-KEPT:]
+            for old in self.folder.glob("step-*"):
+                if old not in kept and old.suffix != ".damaged":
+                    shutil.rmtree(old, ignore_errors=True)
         self.barrier()  # no rank is killed for being done while the name is not there yet
+        return sum(size for size, _ in found.values())
 
     def adopt(self, source: Path) -> None:
         """Takes over another job's checkpoint, a folder ``step-*``, where it is not there yet."""

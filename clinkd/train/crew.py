@@ -15,8 +15,11 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
+import math
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from typing import Any
 from clinkd import cluster
 from clinkd.config import ComputeSection
 from clinkd.data.shards import DataError
+from clinkd.interrupt import Terminated
 from clinkd.train.loop import TrainJob, run_job
 
 KEPT = 2
@@ -188,17 +192,35 @@ class Crew:
         """
         import ray
 
+        job.stop.unlink(missing_ok=True)
         if self._thread is None:
             self._start()
         number = ray.get(self._mailbox.post.remote([ray.put((job, rows))]))
         settled = self._mailbox.outcome.remote(number)
-        while not ray.wait([settled], timeout=0.2)[0]:
-            if self._thread is not None and not self._thread.is_alive():
-                self._forget()
-                raise self._error or RuntimeError(f"train: the workers ended before {job.stage} was done")
+        try:
+            self._await(settled, job)
+        except (KeyboardInterrupt, Terminated):
+            self._save(settled, job)
+            raise
         error = ray.get(settled)
         if error:
             raise DataError(error)
+
+    def _await(self, settled: Any, job: TrainJob, seconds: float = math.inf) -> None:
+        import ray
+
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not ray.wait([settled], timeout=0.2)[0]:
+            if self._thread is not None and not self._thread.is_alive():
+                self._forget()
+                raise self._error or RuntimeError(f"train: the workers ended before {job.stage} was done")
+
+    def _save(self, settled: Any, job: TrainJob) -> None:
+        """Has the workers end after their step, with a checkpoint; a second signal does not wait for it."""
+        job.stop.parent.mkdir(parents=True, exist_ok=True)
+        job.stop.touch()
+        with contextlib.suppress(Exception):  # the workers may be ending as well
+            self._await(settled, job, self.compute.grace)
 
     def _start(self) -> None:
         import ray
@@ -242,8 +264,9 @@ class Crew:
 def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> Any:
     import ray.train
     import ray.train.torch
+    import ray.train.v2.api.config
 
-    gpu = compute.gpus_per_worker > 0
+    gpu, least = compute.gpus_per_worker > 0, compute.min_workers
     cpus = cluster.declared_cpus(compute.workers, compute.cpus_per_worker)
     resources = {"CPU": cpus} | ({"GPU": compute.gpus_per_worker} if gpu else {})
     environment = {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
@@ -251,7 +274,7 @@ def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> 
         serve,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers,
+            num_workers=compute.workers if least is None else (least, compute.workers),  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker=resources,
             # Declaring less than it uses, a worker would be packed beside others on one node.
@@ -261,7 +284,9 @@ def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> 
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=f"crew-{uuid.uuid4().hex[:8]}",  # under a known name Ray Train would take up a former run
             storage_path=str(storage.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            failure_config=ray.train.v2.api.config.FailureConfig(
+                max_failures=compute.max_failures, max_preemption_failures=compute.max_preemptions
+            ),
             worker_runtime_env={"env_vars": environment},
         ),
     )

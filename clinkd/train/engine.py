@@ -187,8 +187,12 @@ def start_engine(
     compute: ComputeSection,
     zero_stage: int,
     total: int,
+    universal: bool = False,
 ) -> Any:
-    """A DeepSpeed engine around ``module``; torch.distributed is already up (Ray Train did that)."""
+    """A DeepSpeed engine around ``module``; torch.distributed is already up (Ray Train did that).
+
+    ``universal``: what it is going to load is a universal checkpoint.
+    """
     if compute.gpus_per_worker == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -197,11 +201,33 @@ def start_engine(
     if compute.gpus_per_worker == 0:
         load_collectives()
     curve: Callable[[int], float] = lambda step: learning_rate(step, total, optim)  # noqa: E731
+    config = deepspeed_config(optim, compute, zero_stage, hidden_size(module))
+    if universal:
+        config = merge(config, {"checkpoint": {"load_universal": True}})
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=parameter_groups(module, optim),
-        config=deepspeed_config(optim, compute, zero_stage, hidden_size(module)),
+        config=config,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, curve),
         dist_init_required=False,
     )
     return engine
+
+
+OPTIONS = ("weight_decay", "betas")
+
+
+def options_of(engine: Any) -> tuple[list[float], list[dict[str, Any]]]:
+    """Base learning rates, and what else the configuration says of each group of parameters."""
+    groups = engine.optimizer.param_groups
+    return list(engine.lr_scheduler.base_lrs), [{key: group[key] for key in OPTIONS} for group in groups]
+
+
+def set_options(engine: Any, options: tuple[list[float], list[dict[str, Any]]]) -> None:
+    """Puts the configuration's options in the place of a checkpoint's: a clone's settings are its own."""
+    scheduler = engine.lr_scheduler
+    scheduler.base_lrs = options[0]
+    for group, base, curve, others in zip(
+        engine.optimizer.param_groups, options[0], scheduler.lr_lambdas, options[1], strict=True
+    ):
+        group.update(others, lr=base * curve(scheduler.last_epoch), initial_lr=base)

@@ -65,6 +65,6 @@ class Ledger:
         size = self.groups_per_epoch
         return [self.epoch(at // size)[at % size] for at in range(start, start + count)]
 
-    def share(self, consumed: int, rank: int, world: int, batch: int) -> list[Group]:
-        """What ``rank`` of ``world`` takes in the step that begins after ``consumed`` groups."""
-        return self.take(consumed + rank * batch, batch)
+    def share(self, consumed: int, place: int, batch: int) -> list[Group]:
+        """Micro-batch ``place`` of the step that begins after ``consumed`` groups, whichever rank has it."""
+        return self.take(consumed + place * batch, batch)

@@ -9,6 +9,8 @@ Decisions:
 - Rank 0 writes metrics as lines of a file: reporting each step to Ray Train would wait for its controller.
   After a resume, lines past the checkpoint are cut off.
 - A process may run one job after the other (crew.py), so each begins with its own seeds and leaves nothing.
+- Random numbers follow from seed, step and rank, so that a resumed job draws those of the undisturbed one.
+- Who wants a job to end early puts a file there (``TrainJob.stop``); rank 0 sees it, all save and leave.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from clinkd.config import ComputeSection, OptimSection
+from clinkd.config import ComputeSection, OptimSection, WatchSection
 from clinkd.train.ledger import Group, Ledger
+
+PREEMPTIONS = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+ASKED = 10.0  # seconds between questions to Ray Train, which all ranks ask together
 
 
 class Task(Protocol):
@@ -57,6 +62,9 @@ class Totals(NamedTuple):
     samples: int
     input_tokens: int
     operations: float
+    stop: bool  # somebody wants the job to end
+    preempted: bool  # a node of it will be taken away
+    waits: list[float]  # seconds of each rank for its batches and its first forward pass, a step ago
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class TrainJob:
     work: str  # where checkpoints lie while the job is under way; seen by all workers
     rows: str = ""  # names the rows: jobs of one name read the same
     until: int | None = None  # ends there, before ``steps``, with a checkpoint and the model in ``paused``
+    dealt: int = 0  # workers that the batches are dealt for; 0: those there are
+    watch: WatchSection = field(default_factory=WatchSection)
 
     @property
     def end(self) -> int:
@@ -84,21 +94,23 @@ class TrainJob:
         """Where the model lies of a job that ended early."""
         return Path(self.work) / f"model-{self.end}"
 
+    @property
+    def stop(self) -> Path:
+        """A file; once it is there, the job ends after the step under way, with a checkpoint."""
+        return Path(self.work) / self.stage / "stop"
+
 
 def run_job(job: TrainJob, rows: Any) -> None:
     """A job on this worker of Ray Train; ``rows``: for the task, with a dataset's ``iter_batches``."""
     import gc
-    import random
 
-    import numpy as np
     import ray.train
     import torch
 
     torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(job.seed)
+    set_seeds(job.seed)
     with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
         task = job.make_task(rows, Path(scratch))
         worker = Worker(job, task, rank, world)
@@ -110,90 +122,186 @@ def run_job(job: TrainJob, rows: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def set_seeds(seed: int) -> None:
+    """Of Python, numpy and torch."""
+    import random
+
+    import numpy as np
+    import torch
+
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(seed % 2**32)
+
+
 class Worker:
     """One rank of a training stage."""
+
+    engine: Any
+    meter: Any
+    feed: Any = None
 
     def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
         import torch.distributed as dist
 
         from clinkd.train.checkpoint import Checkpoints
-        from clinkd.train.engine import start_engine
-        from clinkd.train.meter import Meter
+        from clinkd.train.guard import EVENTS, Guard
+        from clinkd.train.resume import places
 
         self.job, self.task, self.rank, self.world = job, task, rank, world
         self.streams = hasattr(task, "feed")
         if not self.streams:
             self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
-        self.feed: Any = None
-        module = task.build()
+        self.micros = (job.dealt or world) * job.optim.accumulation  # micro-batches of a step, of all ranks
+        self.places = places(self.micros, rank, world)
+        self.rounds = len(self.places)
+        self.metrics = Path(job.out) / "metrics.jsonl"
+        self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
+        self.guard = Guard(job.watch, job.stage, None if rank else Path(job.out) / EVENTS)
+        self.step = self.consumed = 0
+        self._own, self._looked, self._saved = 0.0, time.monotonic(), 0
+
+    def run(self) -> None:
+        from clinkd.train.guard import Rollback
+
+        passed: set[int] = set()
+        while True:
+            self._begin()
+            try:
+                if self._train(passed):
+                    self._finish()
+                return
+            except Rollback as back:
+                passed.update(back.steps)
+                self.engine.destroy()
+
+    def _begin(self) -> None:
+        """Model and engine, from the newest checkpoint where there is one."""
+        import torch.distributed as dist
+
+        from clinkd.train.engine import start_engine
+        from clinkd.train.meter import Meter
+        from clinkd.train.resume import loadable
+
+        job = self.job
+        folder, standing, universal = loadable(self.checkpoints, self.world, job.zero_stage, dist.barrier)
+        module = self.task.build()
         if job.zero_stage >= 2 and hasattr(module, "shares"):
             # It reduces gradients in the order in which they become ready, which sharing changes: where one
             # rank's batch shares and another's does not, weights of one shape would get each other's.
             module.shares = False
         self.meter = Meter(module)
-        self.engine = start_engine(module, job.optim, job.compute, job.zero_stage, job.steps)
-        self.metrics = Path(job.out) / "metrics.jsonl"
-        self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
-        self.step = self.consumed = 0
+        optim = job.optim.model_copy(update={"accumulation": self.rounds})
+        self.engine = start_engine(module, optim, job.compute, job.zero_stage, job.steps, universal=universal)
+        self._restore(folder, standing)
 
-    def run(self) -> None:
-        self._restore()
-        start, seen = time.monotonic(), 0
+    def _train(self, passed: set[int]) -> bool:
+        """Steps until the job's end; false: asked to stop before it, with a checkpoint."""
+        start, seen, saved = time.monotonic(), 0, -1
         while self.step < self.job.end:
+            if self.step + 1 in passed:
+                self._pass_over()
+                continue
             begun = time.monotonic()
             sums, totals = self._train_step()
             now = time.monotonic()
             self.step += 1
-            self.consumed += self._groups_per_step
+            self.consumed += self.micros * self.job.optim.batch_size
             seen += totals.samples
+            self._look(sums, totals, now - begun)
             self._log(sums, totals, now - begun, seen / (now - start))
-            early = self.step == self.job.end < self.job.steps
-            if early or (self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.end):
+            if totals.stop and self.step < self.job.end:
                 self._checkpoint()
-        self._finish()
+                return False
+            early = self.step == self.job.end < self.job.steps
+            due = self.step % self.job.compute.checkpoint_every == 0 and self.step < self.job.end
+            if early or due or (totals.preempted and saved < 0):
+                self._checkpoint()
+                saved = self.step if totals.preempted else saved
+        return True
 
-    @property
-    def _groups_per_step(self) -> int:
-        return self.world * self.job.optim.batch_size * self.job.optim.accumulation
+    def _pass_over(self) -> None:
+        """A step that spoilt the weights before: its samples are not trained on."""
+        if self.streams:
+            for _ in islice(self.feed, self.rounds):
+                pass
+        self.engine.lr_scheduler.step()
+        self.step += 1
+        self.consumed += self.micros * self.job.optim.batch_size
 
-    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """(arguments, tokens, samples) of each accumulation step.
+    def _look(self, sums: dict[str, float], totals: Totals, seconds: float) -> None:
+        applied = self.engine.was_step_applied()
+        if not applied:
+            self.engine.lr_scheduler.step()  # DeepSpeed leaves it where it is; ours follows the step
+        loss = sums["loss"] / max(totals.tokens, 1.0)
+        self.guard.step(self.step, loss, seconds, totals.waits, applied)
+
+    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int, int, bool]]:
+        """(arguments, tokens, samples, counts) of each accumulation step of this rank.
 
         Samples are the rows trained on (the guide: images), not those dealt: a curriculum holds some back.
+        One that does not count keeps a rank in step that has no micro-batch of its own left.
         """
         size = self.job.optim.batch_size
         if self.streams:
-            yield from islice(self.feed, self.job.optim.accumulation)
+            for arguments, tokens, samples in islice(self.feed, self.rounds):
+                yield arguments, tokens, samples, True
             return
-        for micro in range(self.job.optim.accumulation):
-            groups = self.ledger.share(self.consumed + micro * self.world * size, self.rank, self.world, size)
+        for place in self.places:
+            groups = self.ledger.share(self.consumed, place or 0, size)
             arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
-            yield arguments, tokens, len(arguments.get("input_ids", groups))
+            samples = len(arguments.get("input_ids", groups))
+            yield (arguments, tokens, samples, True) if place is not None else (arguments, 0, 0, False)
+
+    def _wishes(self) -> list[float]:
+        """With the counts: whether to stop, whether to ask about preemption, each rank's seconds."""
+        stop = ask = 0.0
+        if self.rank == 0:
+            stop = float(self.job.stop.exists())
+            ask = float(PREEMPTIONS and time.monotonic() - self._looked > ASKED)
+        own = [0.0] * self.world
+        own[self.rank] = self._own
+        return [stop, ask, *own]
+
+    def _preempted(self, ask: bool) -> bool:
+        if not ask:
+            return False
+        import ray.train
+
+        self._looked = time.monotonic()
+        return ray.train.get_preemption_info() is not None
 
     def _train_step(self) -> tuple[dict[str, float], Totals]:
         """Sums of the losses and counts, all over all ranks."""
         import torch
         import torch.distributed as dist
 
+        set_seeds((self.job.seed * 1_000_003 + self.step) * 65_537 + self.rank)
+        begun = time.monotonic()
         batches = list(self._micro_batches())
-        found = [(n, samples, *self.meter.count(arguments, n)) for arguments, n, samples in batches]
-        counts = torch.tensor(found, dtype=torch.float64).sum(0).to(self.engine.device)
+        found = [(n, samples, *self.meter.count(arguments, n)) for arguments, n, samples, _ in batches]
+        own = time.monotonic() - begun
+        whole = [sum(column) for column in zip(*found, strict=True)] + self._wishes()
+        counts = torch.tensor(whole, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(counts)
-        count = counts[0].float()
         # DeepSpeed averages over ranks and accumulation steps; ours are sums, to be divided by all tokens.
-        scale = self.world * len(batches) / count.clamp(min=1)
+        scale = self.world * len(batches) / counts[0].float().clamp(min=1)
         sums: dict[str, Any] = {}
-        for arguments, _, _ in batches:
+        for number, (arguments, _, _, real) in enumerate(batches):
             given = {key: _move(value, self.engine.device) for key, value in arguments.items()}
+            begun = time.monotonic()
             losses = self.engine(**given)
-            self.engine.backward(losses["loss"] * scale)
+            own += 0 if number else time.monotonic() - begun
+            self.engine.backward(losses["loss"] * (scale * real))
             self.engine.step()
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value.detach().float()
+                sums[key] = sums.get(key, 0.0) + value.detach().float() * real
         packed = torch.stack([sums[key] for key in sorted(sums)])
         dist.all_reduce(packed)
-        tokens, samples, inputs, operations = counts.tolist()
-        totals = Totals(tokens, int(samples), int(inputs), operations)
+        self._own = own
+        tokens, samples, inputs, operations, stop, ask, *waits = counts.tolist()
+        totals = Totals(
+            tokens, int(samples), int(inputs), operations, stop > 0, self._preempted(ask > 0), waits
+        )
         return dict(zip(sorted(sums), packed.tolist(), strict=True)), totals
 
     def _log(self, sums: dict[str, float], totals: Totals, seconds: float, rate: float) -> None:
@@ -203,12 +311,13 @@ class Worker:
         from clinkd.train.meter import gradient_norm, peak_memory_gib, speed
 
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
-        line |= {key: round(value / max(totals.tokens, 1.0), 6) for key, value in sums.items()}
+        means = {key: value / max(totals.tokens, 1.0) for key, value in sums.items()}
+        line |= {key: round(value, 6) for key, value in means.items() if math.isfinite(value)}
         line |= {"lr": self.engine.get_lr()[0], "tokens": int(totals.tokens), "samples_per_s": round(rate, 2)}
         line |= speed(seconds, totals.input_tokens, totals.operations)
         line["memory_gib"] = peak_memory_gib(self.engine.device)
         norm = gradient_norm(self.engine)
-        if norm is not None:
+        if norm is not None and math.isfinite(norm):
             line["grad_norm"] = norm
         if hasattr(self.task, "facts"):
             facts = self.task.facts(self.step - 1, self.job.steps)
@@ -217,28 +326,37 @@ class Worker:
             lines.write(json.dumps(line) + "\n")
 
     def _checkpoint(self) -> None:
-        state = {"step": self.step, "consumed": self.consumed, "world": self.world}
-        if self.streams:
-            state["feed"] = self.feed.state()
-        self.checkpoints.save(
-            self.step,
-            lambda folder: self.engine.save_checkpoint(str(folder), tag="state", client_state=state),
-        )
+        from clinkd.train.resume import SHARDS, Standing
 
-    def _restore(self) -> None:
-        folder = self.checkpoints.newest()
-        state: dict[str, Any] = {}
+        feed = self.feed.state() if self.streams else None
+        standing = Standing(self.step, self.consumed, self.world, self.job.zero_stage, feed)
+
+        def write(folder: Path) -> None:
+            self.engine.save_checkpoint(str(folder), tag=SHARDS)
+            if self.rank == 0:
+                standing.write(folder)
+
+        if self.rank == 0:
+            self.guard.resources(self.step, self.checkpoints.folder, self._saved)
+        self._saved = self.checkpoints.save(self.step, write)
+
+    def _restore(self, folder: Path | None, standing: Any) -> None:
+        from clinkd.train.engine import options_of, set_options
+        from clinkd.train.guard import EVENTS
+        from clinkd.train.resume import SHARDS, keep_lines
+
+        self.step, self.consumed = (standing.step, standing.consumed) if standing else (0, 0)
         if folder is not None:
-            rates = _options(self.engine)
-            _, state = self.engine.load_checkpoint(str(folder), tag="state")
-            _set_options(self.engine, rates)
-            self.step, self.consumed = state["step"], state["consumed"]
+            options = options_of(self.engine)
+            self.engine.load_checkpoint(str(folder), tag=SHARDS)
+            set_options(self.engine, options)
         if self.streams:
-            left = (self.job.steps - self.step) * self.job.optim.accumulation
-            task: Any = self.task
-            self.feed = task.feed(self.rank, self.world, left, state.get("feed"), self.engine.device)
+            left = (self.job.steps - self.step) * self.rounds
+            task, state = self.task, standing.feed if standing else None
+            self.feed = task.feed(self.rank, self.world, left, state, self.engine.device)  # type: ignore[attr-defined]
         if self.rank == 0:
             keep_lines(self.metrics, self.step)
+            keep_lines(self.metrics.with_name(EVENTS), self.step)
 
     def _finish(self) -> None:
         """The whole model on rank 0; all ranks leave together."""
@@ -257,41 +375,7 @@ class Worker:
         return {key: value.detach().cpu().clone() for key, value in self.engine.module.state_dict().items()}
 
 
-OPTIONS = ("weight_decay", "betas")
-
-
-def _options(engine: Any) -> tuple[list[float], list[dict[str, Any]]]:
-    """Base learning rates, and what else the configuration says of each group of parameters."""
-    groups = engine.optimizer.param_groups
-    return list(engine.lr_scheduler.base_lrs), [{key: group[key] for key in OPTIONS} for group in groups]
-
-
-def _set_options(engine: Any, options: tuple[list[float], list[dict[str, Any]]]) -> None:
-    """Puts the configuration's options in the place of a checkpoint's: a clone's settings are its own."""
-    scheduler = engine.lr_scheduler
-    scheduler.base_lrs = options[0]
-    for group, base, curve, others in zip(
-        engine.optimizer.param_groups, options[0], scheduler.lr_lambdas, options[1], strict=True
-    ):
-        group.update(others, lr=base * curve(scheduler.last_epoch), initial_lr=base)
-
-
 def _move(value: Any, device: Any) -> Any:
     import torch
 
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def keep_lines(path: Path, step: int) -> None:
-    """Cuts a metrics file back to the lines of steps up to ``step``; a torn last line goes too."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(line + "\n" for line in kept))
-    os.replace(unfinished, path)

@@ -44,7 +44,7 @@ def sweep_folder(config: RunConfig) -> Path:
 
 def settings_digest(config: RunConfig) -> str:
     """Of all that makes two sweeps one: space, sampler, stopping, and what every trial starts from."""
-    values = config.model_dump(exclude={"run": {"root"}, "compute": True, "sinks": True})
+    values = config.model_dump(exclude={"run": {"root"}, "compute": True, "watch": True, "sinks": True})
     for key in ("trials", "storage", "warm_start", "concurrent", "retries"):
         del values["sweep"][key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

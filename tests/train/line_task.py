@@ -15,14 +15,21 @@ from clinkd.train.loop import TrainJob
 
 
 class LineTask:
-    """A real model, engine and optimiser; ``fail_once``: a file, without which a worker ends in step 8."""
+    """A real model, engine and optimiser.
 
-    def __init__(self, rows: Any, scratch: Path, fail_once: str | None = None) -> None:
+    ``fail_once``: a file, without which a worker ends in step 8. ``nan``: steps whose targets are no numbers.
+    ``stop``: (step, file) that is touched in it.
+    """
+
+    def __init__(
+        self, rows: Any, scratch: Path, fail_once: str | None = None, nan: tuple[int, ...] = (),
+        stop: tuple[int, Path] | None = None,
+    ) -> None:  # fmt: skip
         import numpy as np
 
         values = np.concatenate([batch["id"] for batch in rows.iter_batches(batch_size=None)])
         self.values = np.sort(values).astype("float32")
-        self.fail_once = fail_once
+        self.fail_once, self.nan, self.stop = fail_once, nan, stop
 
     def build(self):
         import torch
@@ -35,7 +42,7 @@ class LineTask:
 
             def forward(self, x, y):
                 error = (self.layers(x) - y).square().sum()
-                return {"loss": error, "error": error}
+                return {"loss": error, "error": error, "x": x.sum()}
 
         return Line()
 
@@ -50,8 +57,11 @@ class LineTask:
         if self.fail_once and step == 7 and not Path(self.fail_once).exists():
             Path(self.fail_once).touch()
             os._exit(9)  # as abrupt as kill -9
+        if self.stop and step + 1 == self.stop[0]:
+            self.stop[1].touch()
         x = torch.tensor([[self.values[record] / 16] for record, _ in groups])
-        return {"x": x, "y": 2 * x + 1}, len(groups)
+        y = 2 * x + 1 if step + 1 not in self.nan else x * float("nan")
+        return {"x": x, "y": y}, len(groups)
 
     def save(self, state, out):
         from safetensors.torch import save_file
@@ -61,7 +71,7 @@ class LineTask:
 
 
 def line_job(
-    out: Path, make_task: Callable[[Any, Path], Any], zero: int, workers: int, batch: int
+    out: Path, make_task: Callable[[Any, Path], Any], zero: int, workers: int, batch: int, **more: Any
 ) -> TrainJob:
     import ray.cloudpickle
 
@@ -70,16 +80,19 @@ def line_job(
     return TrainJob(
         stage="line", make_task=make_task, optim=OptimSection(batch_size=batch, lr=0.05),
         compute=ComputeSection(workers=workers, checkpoint_every=5), zero_stage=zero, steps=12, seed=3,
-        out=str(out), work=str(out / "work"),
+        out=str(out), work=str(out / "work"), **more,
     )  # fmt: skip
 
 
 def train_line(
-    out: Path, *, zero: int = 0, workers: int = 2, batch: int = 2, fail_once: str | None = None
-) -> list[dict[str, Any]]:
-    """Lines of the metrics."""
+    out: Path, *, zero: int = 0, workers: int = 2, batch: int = 2, fail_once: str | None = None,
+    nan: tuple[int, ...] = (), stop: tuple[int, Path] | None = None, **more: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Lines of the metrics; ``more``: of the job."""
     import ray.data
 
-    job = line_job(out, lambda rows, scratch: LineTask(rows, scratch, fail_once), zero, workers, batch)
+    job = line_job(
+        out, lambda rows, scratch: LineTask(rows, scratch, fail_once, nan, stop), zero, workers, batch, **more
+    )
     crew(job.compute).fit(job, ray.data.range(32))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

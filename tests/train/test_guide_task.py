@@ -90,7 +90,7 @@ def defined(task: GuideTask, records: list[int]) -> dict[str, torch.Tensor]:
 def test_batches_are_the_definitions_bit_for_bit_however_often_a_record_was_dealt(task: GuideTask) -> None:
     ledger = Ledger(task.turn_counts(), 1_000_000, 0)
     for step in range(18):  # three epochs of 24 records, so that most of it is kept from before
-        groups = ledger.share(step * 4, 0, 1, 4)
+        groups = ledger.share(step * 4, 0, 4)
         batch, count = task.batch(groups, step, 18)
         wanted = defined(task, list(dict.fromkeys(record for record, _ in groups)))
         assert batch.keys() == wanted.keys() and count == len(wanted["regions"])

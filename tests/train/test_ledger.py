@@ -29,7 +29,7 @@ def test_workers_share_one_sequence(turns, per_group, world, batch, steps):
         group
         for step in range(steps)
         for rank in range(world)
-        for group in Ledger(turns, per_group, 1).share(step * world * batch, rank, world, batch)
+        for group in Ledger(turns, per_group, 1).share(step * world * batch, rank, batch)
     ]
     assert shared == whole
 

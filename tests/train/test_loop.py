@@ -3,7 +3,7 @@
 import pytest
 from line_task import train_line as train
 
-from clinkd.train.loop import keep_lines
+from clinkd.train.resume import keep_lines
 
 
 @pytest.mark.slow
