@@ -165,7 +165,7 @@ class Worker:
 
         passed: set[int] = set()
         while True:
-            self._begin()
+            self._begin(back=bool(passed))
             try:
                 if self._train(passed):
                     self._finish()
@@ -174,13 +174,14 @@ class Worker:
                 passed.update(back.steps)
                 self.engine.destroy()
 
-    def _begin(self) -> None:
-        """Model and engine, from the newest checkpoint where there is one."""
+    def _begin(self, back: bool) -> None:
+        """Model and engine, from the newest checkpoint where there is one; ``back``: for the second time."""
         import torch.distributed as dist
 
         from clinkd.train.engine import start_engine
+        from clinkd.train.guard import EVENTS
         from clinkd.train.meter import Meter
-        from clinkd.train.resume import loadable
+        from clinkd.train.resume import keep_lines, loadable
 
         job = self.job
         folder, standing, universal = loadable(self.checkpoints, self.world, job.zero_stage, dist.barrier)
@@ -193,6 +194,10 @@ class Worker:
         optim = job.optim.model_copy(update={"accumulation": self.rounds})
         self.engine = start_engine(module, optim, job.compute, job.zero_stage, job.steps, universal=universal)
         self._restore(folder, standing)
+        if self.rank == 0:
+            keep_lines(self.metrics, self.step)
+            if not back:  # else they tell of what it went back for
+                keep_lines(self.metrics.with_name(EVENTS), self.step)
 
     def _train(self, passed: set[int]) -> bool:
         """Steps until the job's end; false: asked to stop before it, with a checkpoint."""
@@ -342,8 +347,7 @@ class Worker:
 
     def _restore(self, folder: Path | None, standing: Any) -> None:
         from clinkd.train.engine import options_of, set_options
-        from clinkd.train.guard import EVENTS
-        from clinkd.train.resume import SHARDS, keep_lines
+        from clinkd.train.resume import SHARDS
 
         self.step, self.consumed = (standing.step, standing.consumed) if standing else (0, 0)
         if folder is not None:
@@ -354,9 +358,6 @@ class Worker:
             left = (self.job.steps - self.step) * self.rounds
             task, state = self.task, standing.feed if standing else None
             self.feed = task.feed(self.rank, self.world, left, state, self.engine.device)  # type: ignore[attr-defined]
-        if self.rank == 0:
-            keep_lines(self.metrics, self.step)
-            keep_lines(self.metrics.with_name(EVENTS), self.step)
 
     def _finish(self) -> None:
         """The whole model on rank 0; all ranks leave together."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clinkd.train.checkpoint import FAULT, MANIFEST, Checkpoints
+from clinkd.data.shards import DataError
+from clinkd.train.checkpoint import FAULT, MANIFEST, Checkpoints, damage
 
 
 def alone(folder: Path) -> Checkpoints:
@@ -123,3 +126,41 @@ def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
         (path / MANIFEST).write_text("[]")
     with pytest.warns(UserWarning, match="cannot be read"):
         assert kept.newest() is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "clinkd", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # errors may hold a file open
+
+
+def test_a_full_disk_is_said_leaves_the_one_before_whole_and_passes(small_disk: Path) -> None:
+    import torch
+
+    kept = alone(small_disk / "work")
+    weights = torch.arange(300_000, dtype=torch.float32)
+
+    def write(folder: Path) -> None:
+        torch.save(weights, folder / "weights.pt")
+
+    kept.save(5, write)
+    (small_disk / "other").write_bytes(bytes(2_500_000))
+    with pytest.raises(DataError, match=r"no room for the checkpoint of step 10 .*; make room") as caught:
+        kept.save(10, write)
+    assert "\n" not in str(caught.value)
+    newest = kept.newest()
+    assert newest is not None and newest.name == "step-00000005" and not damage(newest)
+    (small_disk / "other").unlink()
+    kept.save(10, write)
+    newest = kept.newest()
+    assert newest is not None and newest.name == "step-00000010"

@@ -188,33 +188,16 @@ def test_a_sharded_teacher_and_a_sharded_student_change_nothing(
         assert [line["kd"] for line in lines] == pytest.approx([line["kd"] for line in plain], rel=2e-3)
 
 
-def test_a_worker_that_dies_samples_the_same_answers_again(prepared, start, teacher, cache, tmp_path) -> None:
+def test_resumed_it_samples_the_same_answers(prepared, start, teacher, cache, tmp_path) -> None:
     from tiny_training import train
 
-    died = str(tmp_path / "died")
-
-    def dying() -> Any:
-        from clinkd.train.online_task import OnlineDistillTask
-
-        class DyingTask(OnlineDistillTask):
-            """Ends as abruptly as by kill -9, once."""
-
-            def batch(self, groups, step, total):
-                import os
-
-                if step == 5 and not Path(died).exists():
-                    Path(died).touch()
-                    os._exit(9)
-                return super().batch(groups, step, total)
-
-        return DyingTask
-
-    how = {"zero": 2, "steps": 8, "checkpoint_every": 3}
-    online = {"teacher": str(teacher), "on_policy": 0.6, "max_new_tokens": 6}
-    calm = train(prepared, tmp_path / "calm", spec_of(start), task=Maker(cache, **online), **how)
-    torn = train(prepared, tmp_path / "torn", spec_of(start), task=Maker(cache, dying, **online), **how)
-    assert Path(died).exists() and [line["loss"] for line in torn] == [line["loss"] for line in calm]
-    assert any("sampled" in line for line in torn[5:])
+    task = Maker(cache, teacher=str(teacher), on_policy=0.6, max_new_tokens=6)
+    how = {"zero": 2, "steps": 8, "task": task}
+    calm = train(prepared, tmp_path / "calm", spec_of(start), **how)
+    train(prepared, tmp_path / "torn", spec_of(start), **how, until=3)
+    torn = train(prepared, tmp_path / "torn", spec_of(start), **how)
+    assert [line["loss"] for line in torn] == [line["loss"] for line in calm]
+    assert any("sampled" in line for line in torn[3:])
     same = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("calm", "torn")]
     assert same[0] == same[1]
 

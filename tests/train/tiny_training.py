@@ -62,7 +62,7 @@ def train_each(
 
 
 def job_of(out: Path, spec: Any, how: dict[str, Any]) -> Any:
-    """``how``: zero, steps; precision, checkpoint_every, compute (more of that section); task: in place of
+    """``how``: zero, steps, until; precision, checkpoint_every, compute (more of that section); task: not
     SupervisedTask; optim: more of that section."""
     from clinkd.train.loop import TrainJob
     from clinkd.train.tasks import SupervisedTask
@@ -80,4 +80,5 @@ def job_of(out: Path, spec: Any, how: dict[str, Any]) -> Any:
         seed=0,
         out=str(out),
         work=str(out / "work"),
+        until=how.get("until"),
     )
