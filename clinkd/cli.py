@@ -307,6 +307,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     certify,
     plan,
+    cli_data.submit,
     cli_data.doctor,
     cli_data.validate,
     config,
