@@ -1,0 +1,108 @@
+"""kill -9 of a worker, the driver or the raylet at random moments of a whole run; the same command each time.
+
+Long, so it runs where CLINKD_FAULTS says how many moments: CLINKD_FAULTS=10 pytest tests/faults
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small_run import CONFIG, SMALL, clinkd, lines, start
+
+from clinkd.storage import sha256
+
+pytestmark = pytest.mark.slow
+MOMENTS = int(os.environ.get("CLINKD_FAULTS", "0"))
+LONGER = ["sft.steps=24", "distill.optim.steps=24", "reflect.optim.steps=24", "compute.checkpoint_every=4"]
+
+
+def victims(driver: int, kind: str) -> list[psutil.Process]:
+    """Processes of this run alone: found among its driver's descendants."""
+    if kind == "driver":
+        return [psutil.Process(driver)]
+    wanted = {"worker": "RayTrainWorker", "raylet": "raylet"}[kind]
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            title = " ".join(process.cmdline()[:1])
+        except psutil.Error:
+            continue
+        if wanted in title:
+            found.append(process)
+    return found
+
+
+def kill_one(process: subprocess.Popen[bytes], kind: str, chance: random.Random) -> bool:
+    """Ends one process of that kind with SIGKILL; the whole command goes where it cannot live without it."""
+    try:
+        found = victims(process.pid, kind)
+    except psutil.Error:
+        return False
+    if not found:
+        return False
+    chance.choice(found).kill()
+    if kind != "worker":
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(3)  # Ray's processes see that their parents are gone
+    return True
+
+
+@pytest.mark.skipif(not MOMENTS, reason="CLINKD_FAULTS=N kills N times; some minutes each ten")
+def test_the_same_command_comes_to_the_same_run(tmp_path: Path) -> None:
+    calm, torn = tmp_path / "calm", tmp_path / "torn"
+    arguments = ("run", str(CONFIG), *SMALL, *LONGER)
+    for folder in (calm, torn):
+        folder.mkdir()
+    whole = clinkd(calm, *arguments)
+    assert whole.returncode == 0, whole.stderr
+    chance = random.Random(int(os.environ.get("CLINKD_FAULTS_SEED", "0")))
+    done: list[tuple[str, int]] = []
+    process = start(torn, *arguments)
+    since = time.monotonic()
+    while len(done) < MOMENTS:
+        wait = chance.uniform(3, 45)
+        while time.monotonic() - since < wait and process.poll() is None:
+            time.sleep(0.1)
+        if process.poll() == 0:
+            break
+        kind = chance.choice(["worker", "driver", "raylet"])
+        if process.poll() is None and kill_one(process, kind, chance):
+            done.append((kind, round(time.monotonic() - since)))
+        if process.poll() is not None:
+            process = start(torn, *arguments)
+        since = time.monotonic()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(3)
+    print(f"killed: {done}")
+    last = clinkd(torn, *arguments)
+    assert last.returncode == 0, last.stderr
+    assert len(done) >= min(3, MOMENTS)
+    check_same(calm / "runs", torn / "runs")
+
+
+def check_same(calm: Path, torn: Path) -> None:
+    """Weights bit for bit, curves, and answers of every stage."""
+    names = {path.name for path in (calm / "artifacts").iterdir() if path.is_dir()}
+    assert names == {
+        path.name for path in (torn / "artifacts").iterdir() if path.is_dir() and path.suffix != ".partial"
+    }
+    for name in sorted(names):
+        ours, theirs = torn / "artifacts" / name, calm / "artifacts" / name
+        for model in theirs.rglob("model.safetensors"):
+            assert sha256(ours / model.relative_to(theirs)) == sha256(model), (name, model.name)
+        for metrics in theirs.rglob("metrics.jsonl"):
+            wanted, found = lines(metrics), lines(ours / metrics.relative_to(theirs))
+            assert [line["step"] for line in found] == list(range(1, len(wanted) + 1)), name
+            assert [line.get("loss") for line in found] == [line.get("loss") for line in wanted], name
+    assert lines(torn / "tiny" / "predictions.jsonl") == lines(calm / "tiny" / "predictions.jsonl")
