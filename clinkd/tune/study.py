@@ -26,7 +26,7 @@ from typing import Any
 from clinkd.config import ConfigError, RunConfig
 from clinkd.tune.space import grid, suggest, trials_wanted
 
-SETTINGS, METRICS, FOREIGN = "settings", "metrics", "warm_start"
+SETTINGS, METRICS, FOREIGN, WANTED = "settings", "metrics", "warm_start", "trials"
 
 
 def storage_url(config: RunConfig) -> str:
@@ -219,9 +219,11 @@ class Asker:
         self._left_over = [trial for trial in own if trial.state == TrialState.RUNNING]
         self._grid = combinations(config) if config.sweep.sampler == "grid" else []
         self._given = sum(trial.state.is_finished() for trial in own)
+        study.set_user_attr(WANTED, self.wanted)
 
     @property
     def wanted(self) -> int:
+        """Trials in all, of an ablation its arms and seeds; who looks on finds it in the study."""
         return len(self.fixed) if self.fixed is not None else trials_wanted(self.config)
 
     def ask(self) -> tuple[Any, dict[str, Any]] | None:
