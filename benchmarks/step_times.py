@@ -70,13 +70,16 @@ def timed_worker(base: Any, out: Path) -> Any:
 
             super().__init__(*arguments)
             self.times, reduce = Times(), dist.all_reduce
-            self.engine = Engine(self.engine, self.times)
 
             def all_reduce(*given: Any, **named: Any) -> Any:
                 with self.times.part("all-reduce"):
                     return reduce(*given, **named)
 
             dist.all_reduce = all_reduce  # the loop's two and DeepSpeed's, which ends here too
+
+        def _begin(self, *arguments: Any, **named: Any) -> None:
+            super()._begin(*arguments, **named)
+            self.engine = Engine(self.engine, self.times)
 
         def _micro_batches(self) -> Any:
             with self.times.part("batch"):

@@ -162,6 +162,11 @@ class ComputeSection(Section):
         "compute.deepspeed says, else by the model's width",
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    checkpoint_store: str | None = Field(
+        None,
+        description="a bucket or folder that checkpoints are copied to while training goes on, and come back "
+        "from where the run's own folder has none",
+    )
     max_failures: int = Field(2, ge=0, description="worker failures to recover from, of a run's stages")
     max_preemptions: int = Field(
         -1, ge=-1, description="nodes taken away to recover from, counted apart; -1: any number"

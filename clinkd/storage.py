@@ -122,6 +122,26 @@ def write_whole(path: Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def copy_to(source: Path, path: Path) -> None:
+    """A local file to a path that appears whole; into a bucket by parts where it is large."""
+    if is_remote(path):
+        with _as_oserror(path):
+            _fs(path).put_file(str(source), _key(path))
+        return
+    make_folder(path.parent)
+    with source.open("rb") as read, whole(path) as write:
+        shutil.copyfileobj(read, write, 1 << 20)
+
+
+def copy_from(path: Path, target: Path) -> None:
+    """A file of a disk or bucket to a local one."""
+    if is_remote(path):
+        with _as_oserror(path):
+            _fs(path).get_file(_key(path), str(target))
+        return
+    shutil.copyfile(path, target)
+
+
 def read_stamped(path: Path, limit: int | None = None) -> tuple[bytes, str]:
     """A file's bytes and what tells that it is still the same file (see ``stamp``).
 

@@ -19,10 +19,11 @@ BUCKET = "lab"
 
 @dataclass
 class Faults:
-    """Every so-manieth request fails: ``errors`` with 500, ``drops`` by a connection that ends in mid-answer,
-    ``slow`` answers after ``delay`` seconds. 0 switches a fault off."""
+    """Every so-manieth request fails: ``errors`` with 500, ``throttles`` with 503, ``drops`` by a connection
+    that ends in mid-answer, ``slow`` answers after ``delay`` seconds. 0 switches a fault off."""
 
     errors: int = 0
+    throttles: int = 0
     drops: int = 0
     slow: int = 0
     delay: float = 1.0
@@ -33,7 +34,8 @@ class Faults:
         with self._lock:
             self.seen["requests"] += 1
             number = self.seen["requests"]
-            for kind, every in (("errors", self.errors), ("drops", self.drops), ("slow", self.slow)):
+            for kind in ("errors", "throttles", "drops", "slow"):
+                every = getattr(self, kind)
                 if every and number % every == 0:
                     self.seen[kind] += 1
                     return kind
@@ -48,10 +50,9 @@ class _Proxy(BaseHTTPRequestHandler):
     def _pass(self) -> None:
         fault = self.faults.next()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if fault == "errors":
-            self._answer(
-                500, {"Content-Type": "application/xml"}, b"<Error><Code>InternalError</Code></Error>"
-            )
+        if fault in ("errors", "throttles"):
+            code, name = (500, b"InternalError") if fault == "errors" else (503, b"SlowDown")
+            self._answer(code, {"Content-Type": "application/xml"}, b"<Error><Code>%s</Code></Error>" % name)
             return
         if fault == "slow":
             time.sleep(self.faults.delay)

@@ -224,6 +224,7 @@ def train(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=began.steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
         work=str(draft.work.resolve()), until=until, dealt=began.workers, watch=run.config.watch,
+        store=store_of(run, draft, stage),
         rows=fingerprint("rows", {"prepare": run.done["prepare"].fingerprint}, {"records": chosen}),
     )  # fmt: skip
     return _fit(run, job, read_records(data, split="train", ids=records), len(chosen))
@@ -266,7 +267,7 @@ def train_streamed(
         stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
         compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed, steps=began.steps,
         out=str(draft.path.resolve()), work=str(draft.work.resolve()), dealt=began.workers,
-        watch=run.config.watch,
+        watch=run.config.watch, store=store_of(run, draft, stage),
     )  # fmt: skip
     return _fit(run, job, None, len(source.lengths.ids))
 
@@ -311,6 +312,12 @@ def stream_spec(run: Run, draft: Draft, optim: OptimSection, spec: VqaSpec) -> S
     except DataError as error:
         raise ConfigError(str(error)) from None
     return source
+
+
+def store_of(run: Run, draft: Draft, stage: str) -> str | None:
+    """Where copies of a stage's checkpoints go: under the artifact's own name, whichever run makes it."""
+    root = run.config.compute.checkpoint_store
+    return None if root is None else f"{root.rstrip('/')}/{draft.path.stem}/{stage}"
 
 
 def turn_counts(run: Run) -> dict[str, int]:

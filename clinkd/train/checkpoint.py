@@ -78,7 +78,7 @@ class Checkpoints:
             ) from error
 
     def _save(self, step: int, write: Callable[[Path], None]) -> int:
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / step_name(step)
         unfinished = target.with_suffix(".unfinished")
         if self.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)  # a former attempt's
@@ -104,7 +104,7 @@ class Checkpoints:
             unfinished.rename(target)
             kept = sorted(self._whole())[-KEPT:]
             for old in self.folder.glob("step-*"):
-                if old not in kept and old.suffix != ".damaged":
+                if old not in kept and old.suffix not in (".damaged", ".sending"):
                     shutil.rmtree(old, ignore_errors=True)
         self.barrier()  # no rank is killed for being done while the name is not there yet
         return sum(size for size, _ in found.values())
@@ -120,6 +120,11 @@ class Checkpoints:
 
     def _whole(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if not path.suffix]
+
+
+def step_name(step: int) -> str:
+    """A checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def damage(path: Path) -> str:

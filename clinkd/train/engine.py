@@ -231,3 +231,10 @@ def set_options(engine: Any, options: tuple[list[float], list[dict[str, Any]]]) 
         engine.optimizer.param_groups, options[0], scheduler.lr_lambdas, options[1], strict=True
     ):
         group.update(others, lr=base * curve(scheduler.last_epoch), initial_lr=base)
+
+
+def whole_state(engine: Any, zero_stage: int) -> dict[str, Any]:
+    """The module's weights; under ZeRO-3 all ranks call it together, and only rank 0 has them."""
+    if zero_stage == 3:
+        return engine._zero3_consolidated_16bit_state_dict() or {}
+    return {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}

@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -83,6 +83,7 @@ class TrainJob:
     rows: str = ""  # names the rows: jobs of one name read the same
     until: int | None = None  # ends there, before ``steps``, with a checkpoint and the model in ``paused``
     dealt: int = 0  # workers that the batches are dealt for; 0: those there are
+    store: str | None = None  # where copies of the checkpoints go
     watch: WatchSection = field(default_factory=WatchSection)
 
     @property
@@ -145,29 +146,47 @@ class Worker:
 
         from clinkd.train.checkpoint import Checkpoints
         from clinkd.train.guard import EVENTS, Guard
-        from clinkd.train.resume import places
 
-        self.job, self.task, self.rank, self.world = job, task, rank, world
+        self.task, self.rank, self.world = task, rank, world
         self.streams = hasattr(task, "feed")
         if not self.streams:
             self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
-        self.micros = (job.dealt or world) * job.optim.accumulation  # micro-batches of a step, of all ranks
-        self.places = places(self.micros, rank, world)
-        self.rounds = len(self.places)
+        self._deal(job)
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
         self.guard = Guard(job.watch, job.stage, None if rank else Path(job.out) / EVENTS)
+        self.offsite: Any = None
+        if job.store and not rank:
+            from clinkd.train.offsite import Offsite
+
+            self.offsite = Offsite(
+                job.store, self.checkpoints.folder, lambda text: self.guard.say("store", self.step, text)
+            )
         self.step = self.consumed = 0
         self._own, self._looked, self._saved = 0.0, time.monotonic(), 0
+
+    def _deal(self, job: TrainJob) -> None:
+        """Which micro-batches of a step this rank works off."""
+        from clinkd.train.resume import places
+
+        self.job = job
+        self.micros = (job.dealt or self.world) * job.optim.accumulation  # of all ranks
+        self.places = places(self.micros, self.rank, self.world)
+        self.rounds = len(self.places)
 
     def run(self) -> None:
         from clinkd.train.guard import Rollback
 
         passed: set[int] = set()
+        if self.offsite is not None:
+            self.offsite.begin()
         while True:
             self._begin(back=bool(passed))
             try:
-                if self._train(passed):
+                whole = self._train(passed)
+                if self.offsite is not None:
+                    self.offsite.close(self.job.compute.grace)
+                if whole:
                     self._finish()
                 return
             except Rollback as back:
@@ -183,8 +202,12 @@ class Worker:
         from clinkd.train.meter import Meter
         from clinkd.train.resume import keep_lines, loadable
 
+        folder, standing, universal = loadable(
+            self.checkpoints, self.world, self.job.zero_stage, dist.barrier
+        )
+        if standing is not None:  # from a store it may have come without its folder's own note
+            self._deal(replace(self.job, steps=standing.begun.steps, dealt=standing.begun.workers))
         job = self.job
-        folder, standing, universal = loadable(self.checkpoints, self.world, job.zero_stage, dist.barrier)
         module = self.task.build()
         if job.zero_stage >= 2 and hasattr(module, "shares"):
             # It reduces gradients in the order in which they become ready, which sharing changes: where one
@@ -331,10 +354,12 @@ class Worker:
             lines.write(json.dumps(line) + "\n")
 
     def _checkpoint(self) -> None:
-        from clinkd.train.resume import SHARDS, Standing
+        from clinkd.train.checkpoint import step_name
+        from clinkd.train.resume import SHARDS, Begun, Standing
 
         feed = self.feed.state() if self.streams else None
-        standing = Standing(self.step, self.consumed, self.world, self.job.zero_stage, feed)
+        begun = Begun(self.job.steps, self.job.dealt or self.world)
+        standing = Standing(self.step, self.consumed, self.world, self.job.zero_stage, begun, feed)
 
         def write(folder: Path) -> None:
             self.engine.save_checkpoint(str(folder), tag=SHARDS)
@@ -344,6 +369,8 @@ class Worker:
         if self.rank == 0:
             self.guard.resources(self.step, self.checkpoints.folder, self._saved)
         self._saved = self.checkpoints.save(self.step, write)
+        if self.offsite is not None:
+            self.offsite.send(self.checkpoints.folder / step_name(self.step))
 
     def _restore(self, folder: Path | None, standing: Any) -> None:
         from clinkd.train.engine import options_of, set_options
@@ -363,17 +390,13 @@ class Worker:
         """The whole model on rank 0; all ranks leave together."""
         import torch.distributed as dist
 
-        state = self._whole_state()
+        from clinkd.train.engine import whole_state
+
+        state = whole_state(self.engine, self.job.zero_stage)
         if self.rank == 0:
             early = self.job.end < self.job.steps
             self.task.save(state, self.job.paused if early else Path(self.job.out) / "model")
         dist.barrier()
-
-    def _whole_state(self) -> dict[str, Any]:
-        if self.job.zero_stage == 3:  # collective: every rank takes part
-            state = self.engine._zero3_consolidated_16bit_state_dict()
-            return state or {}
-        return {key: value.detach().cpu().clone() for key, value in self.engine.module.state_dict().items()}
 
 
 def _move(value: Any, device: Any) -> Any:

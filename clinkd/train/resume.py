@@ -63,13 +63,14 @@ class Standing:
     """Where a job stands, as a checkpoint has it.
 
     ``consumed``: groups of the ledger; ``feed``: the position in a stream; ``ranks`` and ``zero_stage`` wrote
-    the shards.
+    the shards; ``begun``: how the job began.
     """
 
     step: int
     consumed: int
     ranks: int
     zero_stage: int
+    begun: Begun
     feed: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
@@ -77,7 +78,8 @@ class Standing:
 
     @classmethod
     def read(cls, folder: Path) -> Standing:
-        return cls(**json.loads((folder / STATE).read_text()))
+        kept = json.loads((folder / STATE).read_text())
+        return cls(**kept | {"begun": Begun(**kept["begun"])})
 
     def fits(self, ranks: int, zero_stage: int) -> bool:
         """Whether the shards load as they are."""
