@@ -80,7 +80,8 @@ def measure(folder: Path, store: str, chosen: argparse.Namespace) -> dict[str, l
             out.mkdir()
             job = TrainJob(
                 stage="teacher", make_task=make, optim=OptimSection(batch_size=5, questions_per_image=5),
-                compute=compute, zero_stage=1, steps=chosen.steps, seed=0, out=str(out), work=str(out / "work"),
+                compute=compute, zero_stage=1, steps=chosen.steps, seed=0, out=str(out),
+                work=str(out / "work"),
                 store=f"{store}/{turn}" if side == "copied" else None,
             )  # fmt: skip
             begun = time.perf_counter()
