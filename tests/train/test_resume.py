@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,17 @@ def test_a_step_that_is_not_finite_is_left_out(ray_session: None, tmp_path: Path
 def test_training_that_stays_without_numbers_ends_with_advice(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not finite, 3 times in a row; lower the learning rate"):
         train_line(tmp_path / "job", zero=1, nan=(6, 7, 8, 9), watch=WatchSection(patience=2))
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_gone_comes_back_from_the_store(ray_session: None, tmp_path: Path) -> None:
+    calm = train_line(tmp_path / "calm", zero=1)
+    store = str(tmp_path / "store")
+    first = train_line(tmp_path / "job", zero=1, until=8, store=store)
+    shutil.rmtree(tmp_path / "job" / "work")
+    again = train_line(tmp_path / "job", zero=1, store=store)
+    assert again[:8] == first  # these steps were not taken again
+    assert column(again, "step") == list(range(1, 13)) and column(again, "loss") == column(calm, "loss")
 
 
 def events(out: Path) -> list[dict]:
