@@ -15,7 +15,8 @@ for folder in /proc/[0-9]*; do
 done
 
 if [ -n "${node:-}" ]; then
-    if ray drain-node --address "${RAY_ADDRESS:?}" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
+    # Its cluster Ray finds by RAY_ADDRESS, which the operator sets, or by what `ray start` has written.
+    if ray drain-node --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
         --reason-message "the pod is to end" --deadline-remaining-seconds "$seconds"; then
         # An idle node ends at once, a busy one by the deadline.
         for ((waited = 0; waited < seconds; waited++)); do

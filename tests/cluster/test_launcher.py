@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import ray.autoscaler
 import yaml
 
 from clinkd.config import load_config
@@ -17,7 +17,9 @@ from clinkd.tune.sweep import concurrent_trials
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster" / "launcher" / "aws.yaml"
-SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+RAY = importlib.util.find_spec("ray")
+assert RAY is not None and RAY.origin  # found, not imported: that takes seconds
+SCHEMA = json.loads((Path(RAY.origin).parent / "autoscaler" / "ray-schema.json").read_text())
 
 
 @pytest.fixture
