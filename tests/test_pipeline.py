@@ -115,6 +115,7 @@ def positions(runs: Path, mode: str) -> list[torch.Tensor]:
     [
         ("model.pth=x", "did you mean path?"),
         ("model.path=/nowhere/qwen", "model.path"),
+        ("run.root=s3://lab/runs", "run.root: s3://lab/runs is no folder"),
         ("reflect.corrector=/nowhere/vlm", "reflect.corrector"),
         ("data.source=/nowhere/data", "/nowhere/data"),
         ("compute.workers=999", "compute.workers"),

@@ -163,6 +163,11 @@ def check_inputs(config: RunConfig) -> None:
     from clinkd import cluster
     from clinkd.data.prepare import find_source
 
+    if storage.is_remote(config.run.root):
+        raise ConfigError(
+            f"run.root: {config.run.root} is no folder; a run's artifacts lie on a local or shared disk, and "
+            "compute.checkpoint_store copies checkpoints to a bucket"
+        )
     given = {
         "model.path": config.model.path, "teacher.path": config.teacher.path,
         "reflect.corrector": config.reflect.corrector,

@@ -20,9 +20,9 @@ from clinkd.tune.sweep import concurrent_trials
 ROOT = KUBERAY.parents[1]
 COMMANDS = {"ray_jobs/pipeline.py": "run", "ray_jobs/sweep.py": "sweep"}
 WITH = {
-    "dev-cpu": ("kueue", "monitoring", "redis-ft", "bucket-root"),
-    "train-8xh100": ("kueue", "monitoring", "redis-ft", "efa", "bucket-root"),
-    "sweep-spot": ("monitoring", "redis-ft", "bucket-root"),
+    "dev-cpu": ("kueue", "monitoring", "redis-ft"),
+    "train-8xh100": ("kueue", "monitoring", "redis-ft", "efa"),
+    "sweep-spot": ("monitoring", "redis-ft"),
 }
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here to render")
 
@@ -64,16 +64,6 @@ def test_the_entrypoint_is_a_job_of_clinkds_with_a_configuration_that_it_accepts
     assert script in COMMANDS and (ROOT / script).is_file()
     assert f'main(["{COMMANDS[script]}", *sys.argv[1:]])' in (ROOT / script).read_text()
     assert config.run.root == "/mnt/clinkd/runs"
-
-
-@needs_kubectl
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_bucket_component_changes_the_root_and_nothing_else_of_the_configuration(overlay: str) -> None:
-    _, disk = entrypoint(overlay)
-    _, bucket = entrypoint(overlay, "bucket-root")
-    assert bucket.run.root == "s3://REPLACE-ME/clinkd/runs"
-    root = {"run": disk.run.model_copy(update={"root": bucket.run.root})}
-    assert disk.model_copy(update=root) == bucket
 
 
 @needs_kubectl
