@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from clinkd.config_model import Section
 
-METRICS = ("score", "vg", "roc", "rc", "mia")
+METRICS = ("score", "vg", "roc", "rc", "mia", "likelihood")
 
 
 class ParameterSpace(Section):
@@ -44,7 +44,8 @@ class SweepSection(Section):
     trials: int = Field(4, ge=1)
     metric: str | list[str] = Field(
         "score", description="what to maximise on the validation split: vg (Recall@0.5), roc (recall), rc "
-        "and mia (ROUGE-L), score (mean of vg and roc); several: their Pareto front"
+        "and mia (ROUGE-L), score (mean of vg and roc), likelihood (of a true answer's token: quick, "
+        "and tells models apart long before they answer well); several: their Pareto front"
     )  # fmt: skip
     sampler: Literal["tpe", "nsga2", "random", "grid"] = Field(
         "tpe", description="Optuna's; grid: every combination of choices, ints and quniforms"

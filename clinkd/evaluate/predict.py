@@ -19,6 +19,9 @@ from typing import Any
 from clinkd.data.records import sample_id
 from clinkd.data.scores import Score, Scores
 
+CHUNK = 256
+"""Answer tokens whose logits exist at one time, where likelihoods are asked for."""
+
 
 @dataclass(frozen=True)
 class PredictSpec:
@@ -33,6 +36,7 @@ class PredictSpec:
     threads: int = 1
     scores: str | None = None  # the guide's scores, when the guidance wants them; else
     guide: str | None = None  # the guide's folder, to score on the fly
+    likelihood: bool = False  # of the true answers, in the place of answers
 
 
 class Answerer:
@@ -61,7 +65,11 @@ class Answerer:
         self.processor = AutoImageProcessor.from_pretrained(spec.model, backend="pil")
 
     def answer(self, records: Iterable[dict[str, Any]], seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """A row for each turn; ``seed``: in the place of the spec's."""
+        """A row for each turn; ``seed``: in the place of the spec's.
+
+        Under ``likelihood`` a row has no ``responses`` but ``log_likelihood``, the sum over the ``tokens`` of
+        the true answer.
+        """
         from clinkd.data.ingest import decode, pngs
 
         seed = self.spec.seed if seed is None else seed
@@ -94,7 +102,6 @@ class Answerer:
     def _answer_batch(self, asked: list[tuple[Any, ...]], seed: int) -> Iterator[dict[str, Any]]:
         import torch
 
-        from clinkd.model.generate import generate_answers
         from clinkd.model.guide import guide_inputs, merged_grids
 
         names = [sample_id(record["id"], number) for _, _, record, number, _ in asked]
@@ -106,21 +113,57 @@ class Answerer:
         scores = [picture["scores"][number] for _, picture, _, number, _ in asked if self.guided != "none"]
         extra: dict[str, Any] = guide_inputs(self.guided, scores, grids)
         device = self.model.device
-        answers = generate_answers(
-            self.model, self.tokenizer, [prompt for prompt, *_ in asked],
-            torch.cat([picture["pixel_values"] for picture in pictures.values()]).to(device),
-            torch.cat([picture["image_grid_thw"] for picture in pictures.values()]).to(device),
-            torch.cat([own[record["id"]] for _, _, record, _, _ in asked]),
-            max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
-            temperature=self.spec.temperature, num_return_sequences=self.spec.candidates,
-            seed=seed, **extra,
-        )  # fmt: skip
-        for (_, _, record, _, turn), name, found in zip(asked, names, answers, strict=True):
+        shown = {
+            name: torch.cat([picture[name] for picture in pictures.values()]).to(device)
+            for name in ("pixel_values", "image_grid_thw")
+        } | {"image_index": torch.cat([own[record["id"]] for _, _, record, _, _ in asked])}  # fmt: skip
+        found = self._likelihoods if self.spec.likelihood else self._generate
+        for (_, _, record, _, turn), name, said in zip(
+            asked, names, found(asked, shown | extra, seed), strict=True
+        ):
             yield {
                 "sample": name, "image": record["image"], "task": turn["task"],
                 "modality": record.get("modality", ""), "question": turn["question"],
-                "annotation": turn["answer"], "responses": found,
+                "annotation": turn["answer"], **said,
             }  # fmt: skip
+
+    def _generate(
+        self, asked: list[tuple[Any, ...]], inputs: dict[str, Any], seed: int
+    ) -> Iterator[dict[str, Any]]:
+        from clinkd.model.generate import generate_answers
+
+        answers = generate_answers(
+            self.model, self.tokenizer, [prompt for prompt, *_ in asked],
+            max_new_tokens=self.spec.max_new_tokens, do_sample=self.spec.candidates > 1,
+            temperature=self.spec.temperature, num_return_sequences=self.spec.candidates, seed=seed, **inputs,
+        )  # fmt: skip
+        return ({"responses": found} for found in answers)
+
+    def _likelihoods(
+        self, asked: list[tuple[Any, ...]], inputs: dict[str, Any], seed: int
+    ) -> Iterator[dict[str, Any]]:
+        import torch
+
+        from clinkd.model.chat import collate, encode
+
+        pairs = []
+        for _, picture, _, _, turn in asked:
+            tokens = (picture["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
+            pairs.append(encode(self.tokenizer, turn["question"], turn["answer"], tokens))
+        batch = {key: value.to(self.model.device) for key, value in
+                 collate(pairs, self.tokenizer.pad_token_id).items()}  # fmt: skip
+        labels = batch.pop("labels")[:, 1:]
+        chosen = labels != -100
+        with torch.inference_mode():
+            moved = {key: value.to(self.model.device) for key, value in inputs.items()}
+            states = self.model.forward_hidden(**batch, **moved)[:, :-1][chosen]
+            said = [
+                self.model.lm_head(part).float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+                for part, wanted in zip(states.split(CHUNK), labels[chosen].split(CHUNK), strict=True)
+            ]
+        counts = chosen.sum(1).tolist()
+        for part in torch.cat(said).double().split(counts):
+            yield {"log_likelihood": float(part.sum()), "tokens": len(part)}
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ Decisions:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,19 @@ def evaluate(run: Run, model: str) -> Artifact:
 
 
 def validate(
-    run: Run, model: Path, questions: int, desks: Desks, records: Records, text: bool
+    run: Run, model: Path, questions: int, desks: Desks, records: Records, metrics: Collection[str]
 ) -> dict[str, float]:
     """Scores of a model on the validation split, for choosing between trials.
 
     Args:
         questions: asked at most, of whole records in their order.
         records: that read the run's data; they keep what was asked about.
-        text: RC and MIA too.
+        metrics: what is wanted, of ``config_sweep.METRICS``.
 
     Returns:
-        ``vg`` (Recall@0.5), ``roc`` (recall), ``score`` (their mean), with ``text`` also ``rc`` and ``mia``
-        (ROUGE-L), each the mean over modalities, in [0, 1].
+        ``likelihood``, the geometric mean of the probabilities of true answers' tokens; and where more
+        is wanted, ``vg`` (Recall@0.5), ``roc`` (recall), ``score`` (their mean) and, if wanted, ``rc``
+        and ``mia`` (ROUGE-L), each the mean over modalities. All in [0, 1].
 
     Raises:
         ConfigError: no validation split.
@@ -72,12 +74,23 @@ def validate(
     from clinkd.data.records import TASKS
     from clinkd.evaluate.score import score_tasks
 
-    with tempfile.TemporaryDirectory(prefix="clinkd-") as folder:
-        found = _answers(run, model, desks, "validation", questions, Path(folder), records)
+    def asked(likelihood: bool) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory(prefix="clinkd-") as folder:
+            return _answers(run, model, desks, "validation", questions, Path(folder), records, likelihood)
+
+    scored: dict[str, float] = {}
+    if "likelihood" in metrics:
+        rows = asked(likelihood=True)
+        scored["likelihood"] = math.exp(
+            sum(row["log_likelihood"] for row in rows) / sum(row["tokens"] for row in rows)
+        )
+        if set(metrics) == {"likelihood"}:
+            return scored
+    found, text = asked(likelihood=False), bool({"rc", "mia"} & set(metrics))
     by_task = {task: [row for row in found if row["task"] == task] for task in TASKS}
     wanted = TASKS if text else ("vg", "roc")
     result = score_tasks({task: by_task[task] for task in wanted}, text_metrics=text)
-    scored = {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
+    scored |= {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
     scored["score"] = (scored["vg"] + scored["roc"]) / 2
     return scored | ({task: result[task]["mean"]["rouge_l"] for task in ("rc", "mia")} if text else {})
 
@@ -90,6 +103,7 @@ def _answers(
     limit: int | None,
     folder: Path,
     records: Callable[[list[str]], Iterable[dict[str, Any]]],
+    likelihood: bool = False,
 ) -> list[dict[str, Any]]:
     """What a model says to the split's first ``limit`` questions; parts are kept in ``folder``."""
     from clinkd.data.shards import samples
@@ -103,7 +117,7 @@ def _answers(
         )
     spec = PredictSpec(
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
-        scores=scores(run, run.config.rope),
+        scores=scores(run, run.config.rope), likelihood=likelihood,
     )  # fmt: skip
     return desks.ask(spec, sorted(chosen), records, folder, "evaluate", 0)
 

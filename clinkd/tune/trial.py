@@ -137,7 +137,7 @@ class Trial:
             outcome.evaluate(run, "reflect" if "reflect" in run.done else "distill")
         scores = outcome.validate(
             run, model, self.base.sweep.questions, self.warm.desks_for(run), self.warm.records_for(run),
-            text=bool({"rc", "mia"} & set(self.base.sweep.metrics)),
+            self.base.sweep.metrics,
         )  # fmt: skip
         if self.cloned is not None:
             self._note_clone(run.done["distill"].path if last else self.draft)
