@@ -20,7 +20,9 @@ from clinkd.storage import sha256
 
 pytestmark = pytest.mark.slow
 MOMENTS = int(os.environ.get("CLINKD_FAULTS", "0"))
+EACH = 8  # of one run
 LONGER = ["sft.steps=24", "distill.optim.steps=24", "reflect.optim.steps=24", "compute.checkpoint_every=4"]
+ARGUMENTS = ("run", str(CONFIG), *SMALL, *LONGER)
 
 
 def victims(driver: int, kind: str) -> list[psutil.Process]:
@@ -58,37 +60,50 @@ def kill_one(process: subprocess.Popen[bytes], kind: str, chance: random.Random)
 
 @pytest.mark.skipif(not MOMENTS, reason="CLINKD_FAULTS=N kills N times; some minutes each ten")
 def test_the_same_command_comes_to_the_same_run(tmp_path: Path) -> None:
-    calm, torn = tmp_path / "calm", tmp_path / "torn"
-    arguments = ("run", str(CONFIG), *SMALL, *LONGER)
-    for folder in (calm, torn):
-        folder.mkdir()
-    whole = clinkd(calm, *arguments)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    whole = clinkd(calm, *ARGUMENTS)
     assert whole.returncode == 0, whole.stderr
     chance = random.Random(int(os.environ.get("CLINKD_FAULTS_SEED", "0")))
-    done: list[tuple[str, int]] = []
-    process = start(torn, *arguments)
-    since = time.monotonic()
-    while len(done) < MOMENTS:
-        wait = chance.uniform(3, 45)
-        while time.monotonic() - since < wait and process.poll() is None:
-            time.sleep(0.1)
-        if process.poll() == 0:
-            break
-        kind = chance.choice(["worker", "driver", "raylet"])
-        if process.poll() is None and kill_one(process, kind, chance):
-            done.append((kind, round(time.monotonic() - since)))
-        if process.poll() is not None:
-            process = start(torn, *arguments)
-        since = time.monotonic()
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(3)
-    print(f"killed: {done}")
-    last = clinkd(torn, *arguments)
-    assert last.returncode == 0, last.stderr
-    assert len(done) >= min(3, MOMENTS)
-    check_same(calm / "runs", torn / "runs")
+    killed: list[tuple[str, str]] = []
+    while len(killed) < MOMENTS:
+        torn = tmp_path / f"torn-{len(killed)}"
+        torn.mkdir()
+        killed += disturbed(torn, min(EACH, MOMENTS - len(killed)), chance)
+        last = clinkd(torn, *ARGUMENTS)
+        assert last.returncode == 0, last.stderr
+        check_same(calm / "runs", torn / "runs")
+    print(f"{len(killed)} killed: {killed}")
+
+
+def disturbed(folder: Path, moments: int, chance: random.Random) -> list[tuple[str, str]]:
+    """Runs the command again and again, killing so many times; (what, in which stage) each."""
+    done: list[tuple[str, str]] = []
+    process = start(folder, *ARGUMENTS)
+    try:
+        while len(done) < moments:
+            until = time.monotonic() + chance.uniform(4, 75)
+            while time.monotonic() < until and process.poll() is None:
+                time.sleep(0.1)
+            if process.poll() == 0:
+                return done
+            kind, where = chance.choice(["worker", "driver", "raylet"]), stage(folder)
+            if process.poll() is None and kill_one(process, kind, chance):
+                done.append((kind, where))
+            if process.poll() is not None:
+                process = start(folder, *ARGUMENTS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(3)
+    return done
+
+
+def stage(folder: Path) -> str:
+    """What is being made."""
+    partial = (folder / "runs" / "artifacts").glob("*.partial")
+    return ", ".join(sorted(path.name.split("-")[0] for path in partial)) or "between stages"
 
 
 def check_same(calm: Path, torn: Path) -> None:
