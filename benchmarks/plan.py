@@ -3,15 +3,15 @@
     python benchmarks/plan.py [CONFIG] [--calibrate N] [--steps N] [--phantoms N]
 
 Both sides in one run, one after the other, each in a process of its own with a Ray of its own. First
-``clinkd.ops.calibrate`` takes --calibrate steps of every stage that trains; from them the plan says what a run
-of --steps steps on --phantoms phantoms takes. Then that run trains, with other phantoms in other numbers.
+``clinkd.ops.calibrate`` takes --calibrate steps of every stage that trains; from them the plan says what a
+run of --steps steps on --phantoms phantoms takes. Then that run trains, on other phantoms.
 
-Seconds are of a step, planned: the median of the calibration's steps but the first two, and taken: the mean of
-the run's, but the first two. Memory without a GPU is by how much the resident pages of rank 0's process grew at
-their peak, over what it held with torch, transformers and DeepSpeed imported and no model built (on a GPU, what
-torch allocated). It is given twice: as estimated from the configuration alone, and as calibrated, which is what
-was measured plus the processed images that more steps will have kept. Ratios are planned to taken; wanted are
-0.85 to 1.15 of memory and 0.75 to 1.25 of time, calibrated.
+Seconds are of a step, planned: the median of the calibration's steps but the first two; taken: the mean of
+the run's but the first two. Memory without a GPU is by how much the resident pages of rank 0's process grew
+at their peak, over what it held with torch, transformers and DeepSpeed imported and no model built (on a GPU
+it is what torch allocated). It is given twice: as estimated from the configuration alone, and as calibrated,
+which is what was measured plus the processed images that more steps will have kept. Ratios are planned to
+taken; wanted are 0.85 to 1.15 of memory and 0.75 to 1.25 of time, calibrated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*")
-    for name, value in (("calibrate", 8), ("steps", 40), ("phantoms", 240)):
+    for name, value in (("calibrate", 24), ("steps", 60), ("phantoms", 240)):
         parser.add_argument(f"--{name}", type=int, default=value)
     chosen = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init leaves a token in the home folder
@@ -91,7 +91,9 @@ def report(plan: dict[str, Any], taken: dict[str, Any]) -> None:
             missed.append(f"{name}'s time")
         if not 0.85 <= said["grown_at_end"] / grown <= 1.15:
             missed.append(f"{name}'s memory")
-    print(f"wanted: memory within 15%, time within 25%: {'MISSED: ' + ', '.join(missed) if missed else 'met'}")
+    print(
+        f"wanted: memory within 15%, time within 25%: {'MISSED: ' + ', '.join(missed) if missed else 'met'}"
+    )
 
 
 WIDTHS = (9, 9, 9, 11, 7, 12, 7, 8)

@@ -135,13 +135,13 @@ def plan(
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
     gpu: str = typer.Option("h100", "--gpu", help="What the workers run on, where they have GPUs."),
     price: float | None = typer.Option(None, min=0, help="US dollars for an hour of one; none: a usual one."),
-    mtbf: float | None = typer.Option(None, help="Hours between failures of the whole job; none: by its size."),
+    mtbf: float | None = typer.Option(None, help="Hours between failures of the job; none: by its size."),
     records: int | None = typer.Option(None, min=1, help="Training images, where the data are not here."),
     questions: int | None = typer.Option(None, min=1, help="Training questions, likewise."),
     cluster_cpus: float | None = typer.Option(None, min=0, help="CPUs there are, to check placement."),
     cluster_gpus: float | None = typer.Option(None, min=0, help="GPUs there are, likewise."),
     calibrate: bool = typer.Option(False, "--calibrate", help="Run a few real steps and use their numbers."),
-    steps: int = typer.Option(8, min=4, help="Of each stage, for --calibrate."),
+    steps: int = typer.Option(24, min=4, help="Of each stage, for --calibrate."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON; sizes in bytes."),
 ) -> None:
     """Say what a run will do and cost: steps, memory, hours, price, disk, and what looks wrong.
@@ -152,7 +152,8 @@ def plan(
     from clinkd import cluster
     from clinkd.config import load_config
     from clinkd.ops.lint import Cluster
-    from clinkd.ops.plan import Options, plan as planned
+    from clinkd.ops.plan import Options
+    from clinkd.ops.plan import plan as planned
     from clinkd.ops.show import show
 
     config = load_config(path, overrides)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_QWEN2_VISION = {
+_QWEN2_VISION: dict[str, Any] = {
     "depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14,
     "temporal_patch_size": 2, "spatial_merge_size": 2,
 }  # fmt: skip
-_QWEN2_5_VISION = {
+_QWEN2_5_VISION: dict[str, Any] = {
     "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
     "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],

@@ -2,8 +2,8 @@
 
 Decisions:
 - A warning is no error: the plan is printed all the same, and its exit code is 0.
-- What belongs to a job's ``--working-dir`` is what Ray would pack: what git ignores is left out, and Ray's own
-  exclusions are.
+- What belongs to a job's ``--working-dir`` is what Ray would pack: what git ignores is left out, and what
+  Ray leaves out by itself.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def starving(name: str, groups: int, images: int) -> Iterator[str]:
     """Of a stage with ``groups`` in an epoch and ``images`` a step."""
     if groups < images:
         yield (
-            f"{name}: a step takes {images:,} images and an epoch has {groups:,}, so ranks see images twice in "
-            "one step; lower compute.workers, or batch_size or accumulation of the stage"
+            f"{name}: a step takes {images:,} images and an epoch has {groups:,}, so ranks see images "
+            "twice in one step; lower compute.workers, or batch_size or accumulation of the stage"
         )
 
 
@@ -61,13 +61,13 @@ def placement(config: RunConfig, cluster: Cluster) -> Iterator[str]:
         if config.sweep.scheduler == "pbt" and trials_wanted(config) > fit:
             yield (
                 f"sweep.trials: a population of {trials_wanted(config)} trains side by side and wants "
-                f"{trials_wanted(config) * wanted:g} {kind}s, the cluster has {there:g}: members would wait for "
-                f"each other; lower sweep.trials to {fit}, or take scheduler: asha"
+                f"{trials_wanted(config) * wanted:g} {kind}s, the cluster has {there:g}: members would "
+                f"wait for each other; lower sweep.trials to {fit}, or take scheduler: asha"
             )
         elif asked > fit:
             yield (
-                f"sweep.concurrent: {asked} trials of {wanted:g} {kind}s want {asked * wanted:g}, the cluster "
-                f"has {there:g}: {fit} run at one time; lower sweep.concurrent to {fit}"
+                f"sweep.concurrent: {asked} trials of {wanted:g} {kind}s want {asked * wanted:g}, the "
+                f"cluster has {there:g}: {fit} run at one time; lower sweep.concurrent to {fit}"
             )
 
 
@@ -82,7 +82,8 @@ def working_dir(folder: Path, most: float = MOST_WORKING_DIR) -> Iterator[str]:
         big = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes.most_common(3))
         yield (
             f"--working-dir: {folder} holds {total / 2**20:,.0f} MiB and Ray refuses more than "
-            f"{most / 2**20:,.0f} (largest, MiB: {big}); move data and runs out of it, or name them in .gitignore"
+            f"{most / 2**20:,.0f} (largest, MiB: {big}); move data and runs out of it, or name "
+            "them in .gitignore"
         )
 
 
@@ -125,9 +126,7 @@ def memory(name: str, need: float, capacity: float, better: str | None) -> Itera
     """Of a stage that wants ``need`` bytes of a GPU's ``capacity``; ``better``: what would fit."""
     if need > capacity:
         remedy = better or "train by adapters (model.lora.rank=16), or lower batch_size"
-        yield (
-            f"{name}: wants {need / 1e9:,.1f} GB of each GPU, it has {capacity / 1e9:,.0f}; {remedy}"
-        )
+        yield (f"{name}: wants {need / 1e9:,.1f} GB of each GPU, it has {capacity / 1e9:,.0f}; {remedy}")
 
 
 def precision(config: RunConfig) -> Iterator[str]:
@@ -138,4 +137,4 @@ def precision(config: RunConfig) -> Iterator[str]:
             "compute.precision=bf16, or model.dtype=float32"
         )
     if config.compute.gpus_per_worker and config.compute.precision == "fp32":
-        yield "compute.precision: fp32 on GPUs takes twice the memory and a fraction of the speed; set it to bf16"
+        yield "compute.precision: fp32 on GPUs takes more memory and a fraction of the speed; set it to bf16"

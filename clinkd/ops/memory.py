@@ -4,9 +4,9 @@ Decisions:
 - What each ZeRO stage splits over P ranks is from Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, figure 1):
   with bfloat16 weights and gradients and float32 optimiser states, of N parameters that all train, 16 N,
   4 N + 12 N / P, 2 N + 14 N / P and 16 N / P bytes. What is frozen has weights alone.
-- In float32, weights and gradients are 4 bytes each. DeepSpeed's ZeRO keeps a second copy of a rank's share of
-  the weights there too, as its optimiser's; without ZeRO there is none. So float32 on one rank is 20 N with
-  ZeRO and 16 N without.
+- In float32, weights and gradients are 4 bytes each. DeepSpeed's ZeRO keeps a second copy of a rank's share
+  of the weights there too, as its optimiser's; without ZeRO there is none. So float32 on one rank is 20 N
+  with ZeRO and 16 N without.
 - Activations are what autograd saves of one layer (``subject``), by the layers; with checkpointing a layer
   keeps its input, and one layer at a time is whole. Gradients of one layer's activations come on top.
 - Logits exist for a chunk of answer tokens; but the loss works in float32, so under bfloat16 the heads of
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 STATES = ("weights", "gradients", "optimizer")
-PARTS = (*STATES, "activations", "logits", "teacher", "buffers", "images")
 LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters, and _max_reuse_distance: elements gathered at a time, at most."""
 RESERVE = 2 * GIB
 """CUDA context, NCCL, and what the allocator cannot use."""
 CE_BUFFERS, KD_BUFFERS = 2, 7
 """[chunk, V] float32 tensors that exist at one time in the losses, without and with a divergence."""
+PROCESS = 100e6
+"""Bytes that a worker without a GPU holds beside libraries and tensors: tokenizer, connections of gloo, scratch
+of kernels, pages that its allocator keeps. Measured on configs/tiny.yaml (benchmarks/plan.py)."""
 IMAGES_KEPT = 4096
 """Records whose processed images a worker keeps (train/tasks.py)."""
 
@@ -97,7 +99,7 @@ class Batch:
     """A micro-batch on one rank.
 
     Args:
-        rows: questions; length: tokens of the longest, its image's among them; answers: tokens of all answers.
+        rows: questions; length: tokens of the longest, its image's among them; answers: of all answers.
         images: distinct ones; grid: (frames, rows, columns) of an image's patches.
         shared: tokens at the beginning of each row that rows of one image share; 0: none.
     """
@@ -185,7 +187,7 @@ def fits(parts: Mapping[str, float], capacity: float) -> bool:
 
 def choose(needs: Mapping[tuple[int, int], float], capacity: float) -> tuple[int, int] | None:
     """(ZeRO stage, ranks) to take: the fewest ranks that hold it, and of their stages the one that sends
-    least: 2 before 1 and 0, which hold more and send as much, and 3 last, which gathers weights in every pass.
+    least: 2 before 1 and 0, which hold more and send as much; 3 last, which gathers weights in every pass.
 
     Args:
         needs: bytes on a rank by (stage, ranks).

@@ -1,7 +1,7 @@
 """What a run will do and cost, before anything runs: steps, memory, hours, price, disk, and what is wrong.
 
 Decisions:
-- A plan is a dictionary of numbers in bytes, hours and dollars; ``show`` makes text of it, ``--json`` prints it.
+- A plan is a dictionary of numbers in bytes, hours and dollars; ``show`` makes text of it.
 - What follows from the configuration alone is said as a fact, what follows from the data with where its
   numbers come from, what nobody knows before (utilisation, failures, prices) as a band or as assumed.
 - ``--calibrate`` puts measurements in the place of estimates; both stay in the plan, side by side.
@@ -266,7 +266,11 @@ def _warnings(look: Outlook, found: Mapping[str, Any], options: Options) -> Iter
     for stage, entry in zip(look.stages(), found["checkpoints"], strict=True):
         yield from lint.starving(stage.name, look.groups(stage), look.per_step(stage))
         yield from lint.checkpoints(
-            stage.name, entry["every_steps"], entry["step_seconds"], entry["mtbf_hours"], entry["best_seconds"]
+            stage.name,
+            entry["every_steps"],
+            entry["step_seconds"],
+            entry["mtbf_hours"],
+            entry["best_seconds"],
         )
         if found["capacity"] is not None:
             from clinkd.ops.memory import RESERVE

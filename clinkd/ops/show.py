@@ -48,13 +48,17 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"memory of a {where}, {_unit(rows)[1]}, at the peak of a step:"
     heads = [*names, "total"]
     measured = any(row["measured"] for row in rows)
-    yield f"{'stage':12}{'ZeRO':>5}" + "".join(f"{head:>12}" for head in heads) + (
-        f"{'measured':>12}" if measured else ""
+    yield (
+        f"{'stage':12}{'ZeRO':>5}"
+        + "".join(f"{head:>12}" for head in heads)
+        + (f"{'measured':>12}" if measured else "")
     )
     unit = _unit(rows)[0]
     for row in rows:
         values = [*(row["memory"].get(name, 0.0) for name in names), row["total"]]
-        line = f"{row['name']:12}{row['zero_stage']:>5}" + "".join(f"{value / unit:>12.2f}" for value in values)
+        line = f"{row['name']:12}{row['zero_stage']:>5}" + "".join(
+            f"{value / unit:>12.2f}" for value in values
+        )
         if row["measured"]:
             line += f"{row['measured']['grown_at_end'] / unit:>12.2f}"
         yield line
@@ -105,9 +109,11 @@ def _time(plan: Plan) -> Iterator[str]:
             line += f"  measured: {row['measured']['seconds']:.3g} s a step"
         yield line
     rate = f", {plan['price_an_hour']:g} dollars an hour" if priced else ""
-    yield f"{'total':20}{'':10}{_band(plan['hours']):>18}" + (
-        f"{_band(plan['price']):>18}" if priced else ""
-    ) + f"  on {plan['devices']:g} x {plan['device']}{rate}"
+    yield (
+        f"{'total':20}{'':10}{_band(plan['hours']):>18}"
+        + (f"{_band(plan['price']):>18}" if priced else "")
+        + f"  on {plan['devices']:g} x {plan['device']}{rate}"
+    )
 
 
 def _band(pair: Sequence[float]) -> str:
@@ -118,7 +124,9 @@ def _band(pair: Sequence[float]) -> str:
 def _disk(plan: Plan) -> Iterator[str]:
     yield ""
     disk = plan["disk"]
-    parts = ", ".join(f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in disk.items() if name != "total")
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in disk.items() if name != "total"
+    )
     yield f"disk: {_bytes(disk['total'])} at most: {parts}"
 
 

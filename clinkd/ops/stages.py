@@ -108,7 +108,8 @@ class Outlook:
         guided = self.config.rope.gamma > 0 and stage.name != "teacher"
         return Batch(
             rows=rows, length=seen + load.longest, answers=round(rows * load.answer),
-            images=optim.batch_size, grid=self.grid(stage.subject), shared=seen if shares and not guided else 0,
+            images=optim.batch_size, grid=self.grid(stage.subject),
+            shared=seen if shares and not guided else 0,
         )  # fmt: skip
 
     def memory(self, stage: Stage, zero: int | None = None, ranks: int | None = None) -> dict[str, float]:
@@ -136,6 +137,7 @@ class Outlook:
         found["buffers"] = memory.buffers(subject, how, engine["zero_optimization"], self.gpu)
         if not self.gpu:
             found["images"] = self.host_images(stage, self.steps(stage))
+            found["process"] = memory.PROCESS
         return found
 
     def _teacher_beside(self, stage: Stage, batch: Batch, ranks: int) -> float:

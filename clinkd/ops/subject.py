@@ -1,4 +1,4 @@
-"""A model that a stage trains, as far as its size goes: the real class without weights, on torch's meta device.
+"""A model that a stage trains, as far as its size goes: the real class on torch's meta device.
 
 Decisions:
 - Parameters are counted, not worked out: whatever trains, LoRA and a frozen tower too, is what the training
@@ -204,6 +204,7 @@ class Subject:
             if hasattr(part, "config"):
                 part.config._attn_implementation = kernel  # type: ignore[union-attr]
         self.config = self.model.config
+        self._saved: dict[tuple[Any, ...], int] = {}
         self.shape = ModelShape(self.model)
 
     @cached_property
@@ -250,6 +251,14 @@ class Subject:
 
     def layer_bytes(self, rows: int, length: int, dtype: torch.dtype) -> int:
         """What one text layer keeps for its backward pass over [rows, length] tokens."""
+        return self._once(("layer", rows, length, dtype), lambda: self._layer(rows, length, dtype))
+
+    def _once(self, key: tuple[Any, ...], count: Callable[[], int]) -> int:
+        if key not in self._saved:
+            self._saved[key] = count()
+        return self._saved[key]
+
+    def _layer(self, rows: int, length: int, dtype: torch.dtype) -> int:
         text = self.model.model.language_model
         layer = text.layers[0].to(dtype)
         # A padded batch has a mask; with adapters alone gradients still pass from layer to layer.
@@ -265,6 +274,9 @@ class Subject:
         """What one block of the vision tower keeps for its backward pass; 0 where the tower is frozen."""
         if not self.tower_trains:
             return 0
+        return self._once(("block", images, grid, dtype), lambda: self._block(images, grid, dtype))
+
+    def _block(self, images: int, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
         tower, vision = self.model.model.visual, self.config.vision_config
         block = tower.blocks[0].to(dtype)
         each = grid[0] * grid[1] * grid[2]
@@ -272,9 +284,7 @@ class Subject:
         states = torch.empty(images * each, width, device="meta", dtype=dtype, requires_grad=True)
         angle = torch.empty(images * each, width // vision.num_heads, device="meta")
         ends = torch.arange(0, (images + 1) * each, each, dtype=torch.int32)
-        return saved_bytes(
-            lambda: block(states, cu_seqlens=ends, position_embeddings=(angle, angle)), block
-        )
+        return saved_bytes(lambda: block(states, cu_seqlens=ends, position_embeddings=(angle, angle)), block)
 
     @property
     def depth(self) -> tuple[int, int]:

@@ -127,9 +127,7 @@ def _counted(texts: Sequence[tuple[str, str]], chat: int, **facts: Any) -> Workl
     asked = [pieces(question) + chat for question, _ in texts]
     answered = [pieces(answer) + 1 for _, answer in texts]
     both = [one + other for one, other in zip(asked, answered, strict=True)]
-    return Workload(
-        text=statistics.mean(asked), answer=statistics.mean(answered), longest=max(both), **facts
-    )
+    return Workload(text=statistics.mean(asked), answer=statistics.mean(answered), longest=max(both), **facts)
 
 
 def _is_prepared(source: str, endpoint: str | None, manifest: str) -> bool:
