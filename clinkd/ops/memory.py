@@ -33,8 +33,8 @@ RESERVE = 2 * GIB
 CE_BUFFERS, KD_BUFFERS = 2, 7
 """[chunk, V] float32 tensors that exist at one time in the losses, without and with a divergence."""
 PROCESS = 100e6
-"""Bytes that a worker without a GPU holds beside libraries and tensors: tokenizer, connections of gloo, scratch
-of kernels, pages that its allocator keeps. Measured on configs/tiny.yaml (benchmarks/plan.py)."""
+"""Bytes that a worker without a GPU holds beside libraries and tensors: tokenizer, gloo's connections,
+scratch of kernels, pages that its allocator keeps. Measured on configs/tiny.yaml (benchmarks/plan.py)."""
 IMAGES_KEPT = 4096
 """Records whose processed images a worker keeps (train/tasks.py)."""
 

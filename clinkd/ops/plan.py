@@ -81,6 +81,7 @@ def plan(
         "price": _sum(row["price"] for row in rows) if gpu else None,
         "zero": _zero_table(look, card.memory) if gpu else [],
         "disk": _disk(look),
+        "node": _node(look),
         "checkpoints": _checkpoints(look, rows, options.mtbf),
         "reflection": list(_reflection(config)),
         "sweep": list(_sweep(config)),
@@ -222,6 +223,27 @@ def _disk(look: Outlook) -> dict[str, float]:
     if config.sweep.space:
         found["trials"] = trials_wanted(config) * (models[-1] + cost.KEPT * states[-1])
     return found | {"total": sum(found.values())}
+
+
+def _node(look: Outlook) -> dict[str, float]:
+    """Bytes of a node's main memory that is not a process's own, and of what its workers keep beside GPUs.
+
+    All workers are counted as if they were on one node.
+    """
+    config, load = look.config, look.workload
+    asked, workers = load.records * load.turns * config.distill.share, config.compute.workers
+    found = {
+        # Records pass the object store, in shared memory, on their way into each node's file.
+        "object_store": load.records * load.image_bytes,
+        "mapped_teacher_cache": asked * load.answer * _token_bytes(look),
+    }
+    stages = list(look.stages())
+    if look.gpu:
+        kept = max(look.host_images(stage, look.steps(stage)) for stage in stages)
+        found["processed_images"] = workers * kept
+    if config.compute.cpu_offload:
+        found["offloaded"] = max(12.0 * stage.subject.trained for stage in stages)
+    return found
 
 
 def _token_bytes(look: Outlook) -> int:

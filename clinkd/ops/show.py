@@ -97,10 +97,10 @@ def _choice(best: Sequence[int] | None) -> str:
 def _time(plan: Plan) -> Iterator[str]:
     yield ""
     priced = plan["price"] is not None
-    yield f"{'work':20}{'FLOPs':>10}{'hours':>18}" + (f"{'US dollars':>18}" if priced else "")
+    yield f"{'work':20}{'FLOPs':>10}{'hours':>22}" + (f"{'US dollars':>18}" if priced else "")
     for row in plan["stages"]:
         work = row["flops"] if row.get("asks") else row["flops_a_step"] * row["steps"]
-        line = f"{row['name']:20}{work:>10.2g}{_band(row['hours']):>18}"
+        line = f"{row['name']:20}{work:>10.2g}{_band(row['hours']):>22}"
         if priced:
             line += f"{_band(row['price']):>18}"
         if row.get("asks"):
@@ -110,14 +110,14 @@ def _time(plan: Plan) -> Iterator[str]:
         yield line
     rate = f", {plan['price_an_hour']:g} dollars an hour" if priced else ""
     yield (
-        f"{'total':20}{'':10}{_band(plan['hours']):>18}"
+        f"{'total':20}{'':10}{_band(plan['hours']):>22}"
         + (f"{_band(plan['price']):>18}" if priced else "")
         + f"  on {plan['devices']:g} x {plan['device']}{rate}"
     )
 
 
 def _band(pair: Sequence[float]) -> str:
-    low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in pair)
+    low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in pair)
     return low if low == high else f"{low} - {high}"
 
 
@@ -128,10 +128,14 @@ def _disk(plan: Plan) -> Iterator[str]:
         f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in disk.items() if name != "total"
     )
     yield f"disk: {_bytes(disk['total'])} at most: {parts}"
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in plan["node"].items() if size
+    )
+    yield f"main memory of a node, at most: {parts}"
 
 
 def _checkpoints(plan: Plan) -> Iterator[str]:
-    for entry in plan["checkpoints"][:1] + plan["checkpoints"][1:2]:
+    for entry in plan["checkpoints"][:2]:
         yield (
             f"checkpoints of {entry['stage']}: {_bytes(entry['bytes'])} each, best every "
             f"{_time_of(entry['best_seconds'])} ({entry['best_steps']:,} steps) with a failure every "

@@ -175,3 +175,18 @@ def test_mistakes_are_one_line_and_2(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_a_sweep_still_says_its_trials() -> None:
     found = planned(CONFIGS / "sweeps" / "tiny.yaml")
     assert any(line.startswith("sweep:") for line in found["sweep"]) and found["disk"]["trials"] > 0
+
+
+def test_a_nodes_memory_holds_what_gpus_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    found, offloaded = planned(LARGE), planned(LARGE, "compute.cpu_offload=true", "compute.zero_stage=2")
+    trained = found["models"][1]["trained"]
+    assert offloaded["node"]["offloaded"] == 12 * trained and "offloaded" not in found["node"]
+    assert stage(offloaded, "distill")["memory"]["optimizer"] == 0
+    assert found["node"]["processed_images"] > 0 and "object_store" in planned(TINY)["node"]
+
+
+def test_a_saved_plan_is_where_the_report_looks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from clinkd.report.planned import read_plan
+
+    code, _, _ = run(capsys, "plan", TINY, f"run.root={tmp_path}", "run.name=one", "--save")
+    assert code == 0 and stage(read_plan(tmp_path / "one"), "teacher")["steps"] == 2500
