@@ -19,6 +19,8 @@ from clinkd.tune.space import trials_wanted
 
 MOST_WORKING_DIR = 100 * 2**20
 """Bytes that Ray takes of a job's working directory; more is refused (HTTP 413)."""
+MOST_WRITING = 0.1
+"""Share of the training time that writing checkpoints may take."""
 NOT_PACKED = (".git", ".venv", "venv", "__pycache__")
 """Ray's RAY_RUNTIME_ENV_DEFAULT_EXCLUDES."""
 
@@ -119,6 +121,16 @@ def checkpoints(name: str, every: int, step_seconds: float, mtbf_hours: float, b
             f"compute.checkpoint_every: {name} writes a checkpoint every {apart / 3600:,.1f} h and something "
             f"fails every {mtbf_hours:,.1f} h: it would hardly get on; set it to "
             f"{max(1, round(best / step_seconds))}"
+        )
+
+
+def writing(name: str, every: int, step_seconds: float, write_seconds: float, best: float) -> Iterator[str]:
+    """Of a stage that writes a checkpoint for ``write_seconds`` after ``every`` steps; ``best``: as above."""
+    if write_seconds > MOST_WRITING * every * step_seconds and best > every * step_seconds:
+        yield (
+            f"compute.checkpoint_every: {name} trains for {every * step_seconds:,.0f} s and then writes for "
+            f"{write_seconds:,.0f} s; set it to {max(1, round(best / step_seconds)):,}, or less if failures "
+            "are more frequent than assumed (--mtbf)"
         )
 
 

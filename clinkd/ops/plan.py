@@ -294,6 +294,10 @@ def _warnings(look: Outlook, found: Mapping[str, Any], options: Options) -> Iter
             entry["mtbf_hours"],
             entry["best_seconds"],
         )
+        yield from lint.writing(
+            stage.name, entry["every_steps"], entry["step_seconds"], entry["write_seconds"],
+            entry["best_seconds"],
+        )  # fmt: skip
         if found["capacity"] is not None:
             from clinkd.ops.memory import RESERVE
 

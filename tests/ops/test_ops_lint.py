@@ -79,6 +79,13 @@ def test_checkpoints_further_apart_than_failures() -> None:
     assert list(lint.checkpoints("distill", every=100, step_seconds=10, mtbf_hours=2, best=600)) == []
 
 
+def test_checkpoints_that_take_most_of_the_time() -> None:
+    (line,) = lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=3600)
+    assert "trains for 100 s and then writes for 60 s" in line and "set it to 3,600" in line
+    assert list(lint.writing("distill", every=1000, step_seconds=1, write_seconds=60, best=3600)) == []
+    assert list(lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=50)) == []
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     (line,) = lint.memory("distill", 100e9, 80e9, "ZeRO-2 fits: set compute.zero_stage=2")
     assert "100.0 GB" in line and "set compute.zero_stage=2" in line
