@@ -296,7 +296,7 @@ def _warnings(look: Outlook, found: Mapping[str, Any], options: Options) -> Iter
         )
         yield from lint.writing(
             stage.name, entry["every_steps"], entry["step_seconds"], entry["write_seconds"],
-            entry["best_seconds"],
+            entry["best_seconds"], look.steps(stage),
         )  # fmt: skip
         if found["capacity"] is not None:
             from clinkd.ops.memory import RESERVE

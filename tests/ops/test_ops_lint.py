@@ -80,10 +80,17 @@ def test_checkpoints_further_apart_than_failures() -> None:
 
 
 def test_checkpoints_that_take_most_of_the_time() -> None:
-    (line,) = lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=3600)
+    (line,) = lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=3600, steps=9000)
     assert "trains for 100 s and then writes for 60 s" in line and "set it to 3,600" in line
-    assert list(lint.writing("distill", every=1000, step_seconds=1, write_seconds=60, best=3600)) == []
-    assert list(lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=50)) == []
+    short = next(lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=3600, steps=500))
+    assert "set it to 500," in short  # at its end it is whole anyway
+    assert (
+        list(lint.writing("distill", every=1000, step_seconds=1, write_seconds=60, best=3600, steps=9000))
+        == []
+    )
+    assert (
+        list(lint.writing("distill", every=100, step_seconds=1, write_seconds=60, best=50, steps=9000)) == []
+    )
 
 
 def test_what_does_not_fit_says_what_would() -> None:
