@@ -127,7 +127,7 @@ def checkpoints(name: str, every: int, step_seconds: float, mtbf_hours: float, b
 def writing(
     name: str, every: int, step_seconds: float, write_seconds: float, best: float, steps: int
 ) -> Iterator[str]:
-    """Of a stage of ``steps`` that writes for ``write_seconds`` after ``every`` so many; ``best``: as above."""
+    """Of a stage of ``steps`` that writes for ``write_seconds`` after every so many; ``best``: as above."""
     if write_seconds > MOST_WRITING * every * step_seconds and best > every * step_seconds:
         wanted = min(steps, max(1, round(best / step_seconds)))
         yield (
