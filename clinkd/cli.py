@@ -20,7 +20,7 @@ from pathlib import Path
 
 import typer
 
-from clinkd import cli_data, console
+from clinkd import cli_data, cli_plan, console
 from clinkd.interrupt import Terminated
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
@@ -129,20 +129,6 @@ def config(
     from clinkd.config import load_config, to_yaml
 
     typer.echo(to_yaml(load_config(path, overrides)), nl=False)
-
-
-def plan(
-    path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
-    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
-) -> None:
-    """Say what a run will do: steps of each stage, and how many answers reflection generates.
-
-    Example: clinkd plan configs/tiny.yaml reflect.rounds=3 reflect.candidates=8
-    """
-    from clinkd.config import load_config
-    from clinkd.ops.plan import plan as told
-
-    typer.echo(told(load_config(path, overrides)))
 
 
 def run(
@@ -306,7 +292,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     ablate,
     report,
     certify,
-    plan,
+    cli_plan.plan,
     cli_data.submit,
     cli_data.doctor,
     cli_data.validate,

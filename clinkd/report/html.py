@@ -29,6 +29,7 @@ from clinkd.data.boxes import from_qwen
 from clinkd.data.records import TASK_NAMES
 from clinkd.report import gallery, guide, plots, rounds, tables
 from clinkd.report.overlays import Budget, heat_legend
+from clinkd.report.planned import against_plan
 from clinkd.report.positions import Guidance
 from clinkd.report.throughput import throughput
 
@@ -77,6 +78,7 @@ class ReportInputs:
         sweep: rows of the trials' table, in the order to print.
         guidance: the run's rotary parameters: lambda_h, lambda_w, alpha_h, alpha_w, gamma, mode.
         certificate: what ``distill.certificate.certify`` found for the loss that the student learned by.
+        plan: what ``clinkd plan --save`` said before the run.
         commands: (what it does, command) for the page's last part; empty: those that follow from the name.
     """
 
@@ -95,6 +97,7 @@ class ReportInputs:
     sweep: Sequence[Mapping[str, Any]] = ()
     guidance: Mapping[str, Any] | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[tuple[str, str]] = ()
 
 
@@ -264,6 +267,7 @@ def _provenance(run: ReportInputs) -> dict[str, Any]:
     return {
         "stages": stages,
         "throughput": throughput(run.metrics),
+        "planned": against_plan(run.plan, run.metrics),
         "seconds": sum(row["seconds"] or 0.0 for row in stages),
         "config": gallery.clip(run.config, MOST_CONFIG),
         "config_hash": hashlib.sha256(run.config.encode("utf-8", "replace")).hexdigest(),

@@ -175,6 +175,7 @@ def report(run: Run) -> Path:
     from clinkd.artifacts import versions
     from clinkd.data.shards import images
     from clinkd.report.html import ReportInputs, build_markdown, build_report
+    from clinkd.report.planned import read_plan
 
     data = run.done["prepare"].path
     inputs = ReportInputs(
@@ -194,6 +195,7 @@ def report(run: Run) -> Path:
         certificate=json.loads((run.done["distill"].path / certificate.FILE).read_text()),
         versions={key: value or "not installed" for key, value in versions().items()},
         stages=run.log,
+        plan=read_plan(run.folder),
     )
     path = build_report(inputs, run.folder / "report.html")
     build_markdown(inputs, run.folder / "report.md")

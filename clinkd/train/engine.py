@@ -181,6 +181,15 @@ def load_collectives() -> None:
         build_shm_op()
 
 
+def import_engine(compute: ComputeSection) -> Any:
+    """The module deepspeed, told what it runs on."""
+    if compute.gpus_per_worker == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
+
+
 def start_engine(
     module: Any,
     optim: OptimSection,
@@ -193,9 +202,7 @@ def start_engine(
 
     ``universal``: what it is going to load is a universal checkpoint.
     """
-    if compute.gpus_per_worker == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    deepspeed = import_engine(compute)
     from torch.optim.lr_scheduler import LambdaLR
 
     if compute.gpus_per_worker == 0:

@@ -145,8 +145,12 @@ class Worker:
         import torch.distributed as dist
 
         from clinkd.train.checkpoint import Checkpoints
+        from clinkd.train.engine import import_engine
         from clinkd.train.guard import EVENTS, Guard
+        from clinkd.train.meter import begin_memory
 
+        import_engine(job.compute)
+        self.libraries_gib = begin_memory()
         self.task, self.rank, self.world = task, rank, world
         self.streams = hasattr(task, "feed")
         if not self.streams:
@@ -344,6 +348,7 @@ class Worker:
         line |= {"lr": self.engine.get_lr()[0], "tokens": int(totals.tokens), "samples_per_s": round(rate, 2)}
         line |= speed(seconds, totals.input_tokens, totals.operations)
         line["memory_gib"] = peak_memory_gib(self.engine.device)
+        line["libraries_gib"] = self.libraries_gib
         norm = gradient_norm(self.engine)
         if norm is not None and math.isfinite(norm):
             line["grad_norm"] = norm

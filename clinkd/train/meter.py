@@ -153,6 +153,44 @@ def peak_memory_gib(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 4)
 
 
+_libraries: float | None = None
+
+
+def begin_memory() -> float:
+    """Starts ``peak_memory_gib`` anew for the job that begins here.
+
+    Call it with all libraries imported and no model built.
+
+    Returns:
+        GiB that this process held when its first job began: the libraries. 0 where a GPU is counted.
+    """
+    global _libraries
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return 0.0
+    if _trim is not None:
+        _trim(0)  # what a former job freed and the allocator kept
+    try:
+        # "5" sets the high-water mark to what is resident now (proc(5)); elsewhere than on Linux it stays.
+        with open("/proc/self/clear_refs", "w") as marks:
+            marks.write("5")
+    except OSError:
+        pass
+    if _libraries is None:
+        _libraries = peak_memory_gib(torch.device("cpu"))
+    return _libraries
+
+
+def _allocators_trim() -> Any:
+    """glibc's malloc_trim; None where there is none."""
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+_trim = _allocators_trim()
+
+
 def gradient_norm(engine: Any) -> float | None:
     """Norm of the last step's gradients before clipping, over all ranks; None where DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()

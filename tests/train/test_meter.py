@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from clinkd.model.conversation import Document, pack_documents
@@ -48,3 +50,17 @@ def test_memory_is_this_processes_peak() -> None:
     after = peak_memory_gib(torch.device("cpu"))
     assert held.sum() > 0 and 0 < before <= after
     assert after >= 0.5
+
+
+def test_a_jobs_peak_begins_anew_and_the_libraries_are_those_of_the_first(monkeypatch) -> None:
+    from clinkd.train import meter
+
+    monkeypatch.setattr(meter, "_libraries", None)
+    first = meter.begin_memory()
+    held = torch.ones(2**27)  # half a GiB
+    assert held.sum() > 0
+    high = peak_memory_gib(torch.device("cpu"))
+    del held
+    assert meter.begin_memory() == first
+    if Path("/proc/self/clear_refs").exists():
+        assert high - peak_memory_gib(torch.device("cpu")) > 0.4
