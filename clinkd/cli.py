@@ -21,7 +21,7 @@ from pathlib import Path
 import typer
 
 from clinkd import cli_data, cli_plan, console
-from clinkd.interrupt import Terminated
+from clinkd.interrupt import terminated
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
 
@@ -319,11 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        return 130
-    except Terminated:
-        typer.echo("ended by SIGTERM; the same command goes on from here", err=True)
-        return 0
+        how, code = ("ended by SIGTERM", 0) if terminated() else ("interrupted", 130)
+        typer.echo(f"{how}; the same command goes on from here", err=True)
+        return code
     except BrokenPipeError:  # the reader of standard output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

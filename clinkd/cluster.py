@@ -41,6 +41,8 @@ EXTRA_CPUS = 2
 DATA_CPUS = 1.1  # one task of Ray Data, and what actors that only wait declare
 STARTING = 8
 """Workers that may start at one time, at least: Ray warns of a few times this, soon reached on two cores."""
+STARTS = 3
+"""Times to try: Ray gives its own processes 30 s to come up, which on a busy machine they miss."""
 _started_here = _connected_here = False
 
 
@@ -166,17 +168,31 @@ def _start() -> None:
     _defaults(TRAIN_ENV | LOCAL_ENV | ({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}))
     if real_cores() < STARTING:
         _defaults({"RAY_worker_maximum_startup_concurrency": str(STARTING)})
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=real_cores() + EXTRA_CPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    for left in reversed(range(STARTS)):
+        try:
+            _init()
+            break
+        except Exception as error:  # of no class of its own
+            if "timed out" not in str(error) or not left:
+                raise
     _quiet_data()
     _started_here = True
+
+
+def _init() -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=real_cores() + EXTRA_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception:
+        ray.shutdown()  # whatever of it has come up
+        raise
 
 
 def _quiet_data() -> None:

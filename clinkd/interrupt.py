@@ -1,4 +1,8 @@
-"""SIGTERM as an exception, so that what is under way can be saved before the command ends."""
+"""SIGTERM taken like a Ctrl-C, so that what is under way can be saved before the command ends.
+
+It is raised as a plain KeyboardInterrupt because that is the only exception that Ray passes on out of a call
+that waits; that it was SIGTERM is remembered beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
-class Terminated(BaseException):
-    """The process was asked to end (``ray job stop``, Kubernetes, ``kill``)."""
+_terminated = False
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises :class:`Terminated` in the main thread; other threads change nothing."""
+    """Inside, SIGTERM raises KeyboardInterrupt in the main thread; other threads change nothing."""
+    global _terminated
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise)
+    _terminated = False
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def terminated() -> bool:
+    """Whether the last ``terminable`` was ended by SIGTERM (``ray job stop``, Kubernetes, ``kill``)."""
+    return _terminated
 
 
 @contextmanager
@@ -40,5 +49,7 @@ def handlers_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _raise(number: int, frame: Any) -> None:
-    raise Terminated
+def _interrupt(number: int, frame: Any) -> None:
+    global _terminated
+    _terminated = True
+    raise KeyboardInterrupt

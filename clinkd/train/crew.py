@@ -30,7 +30,6 @@ from typing import Any
 from clinkd import cluster
 from clinkd.config import ComputeSection
 from clinkd.data.shards import DataError
-from clinkd.interrupt import Terminated
 from clinkd.train.loop import TrainJob, run_job
 
 KEPT = 2
@@ -199,7 +198,7 @@ class Crew:
         settled = self._mailbox.outcome.remote(number)
         try:
             self._await(settled, job)
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:  # SIGTERM too, see interrupt.py
             self._save(settled, job)
             raise
         error = ray.get(settled)
