@@ -102,6 +102,7 @@ class Head:
         self.environment = kept | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789",
             "RAY_num_workers_soft_limit": "10", "RAY_worker_maximum_startup_concurrency": "8",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc",
                  "metrics-export", "ray-client-server")]  # fmt: skip
@@ -143,7 +144,7 @@ def head() -> Iterator[Head]:
         finally:
             os.killpg(made.process.pid, signal.SIGTERM)
             try:
-                made.process.wait(60)
+                made.process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(made.process.pid, signal.SIGKILL)
 
