@@ -39,3 +39,33 @@ def test_more_workers_than_cpus_are_one_line() -> None:
     with pytest.raises(ConfigError, match=r"compute.workers: 3 workers of 1 CPU, but the cluster has 2"):
         cluster.check_workers(3, 1.0, 2.0)
     cluster.check_workers(2, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(("misses", "tries"), [(0, 1), (2, 3), (9, cluster.STARTS)])
+def test_a_ray_that_misses_its_own_deadline_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, misses: int, tries: int
+) -> None:
+    begun = []
+
+    def init() -> None:
+        begun.append(1)
+        if len(begun) <= misses:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(cluster, "_init", init)
+    monkeypatch.setattr(cluster, "_started_here", False)
+    if misses < cluster.STARTS:
+        cluster._start()
+    else:
+        with pytest.raises(Exception, match="timed out during startup"):
+            cluster._start()
+    assert len(begun) == tries
+
+
+def test_another_error_of_its_start_is_passed_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cluster, "_init", init)
+    with pytest.raises(OSError, match="no space left"):
+        cluster._start()

@@ -52,8 +52,8 @@ def column(lines: list[dict], key: str) -> list[float]:
 
 @pytest.mark.slow
 def test_two_workers_then_one_then_two_learn_what_two_do(ray_session: None, tmp_path: Path) -> None:
-    """ZeRO-1 to 3 and from 1 to 2: the same samples in each step, the same curve, the same weights."""
-    ways = {"0": (0, 0, 0), "1": (1, 1, 1), "2": (2, 2, 2), "3": (3, 3, 3), "change": (1, 2, 1)}
+    """Also from one ZeRO stage to another: the same samples in each step, the same curve and weights."""
+    ways = {"1": (1, 1, 1), "3": (3, 3, 3), "change": (2, 1, 2)}
     calm = {way: train_line(tmp_path / f"calm-{way}", zero=stages[0]) for way, stages in ways.items()}
     lines = {}
     for workers, until, phase in ((2, 5, 0), (1, 9, 1), (2, None, 2)):
