@@ -95,12 +95,19 @@ def loadable(
         Its folder, where it stands, and whether it is a universal one; (None, None, False): there is none.
 
     Raises:
-        DataError: it was written under ZeRO-0 and is to go on under another stage, or the other way round.
+        DataError: it was written under ZeRO-0 and is to go on under another stage, or the other way round; or
+            by another version, which kept something else.
     """
     newest = checkpoints.newest()
     if newest is None:
         return None, None, False
-    standing = Standing.read(newest)
+    try:
+        standing = Standing.read(newest)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{newest}: its {STATE} is missing or of another version of clinkd; remove {newest.parent} to "
+            "begin the stage anew"
+        ) from None
     if standing.fits(world, zero_stage):
         return newest, standing, False
     if 0 in (zero_stage, standing.zero_stage):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from clinkd.config import WatchSection
 from clinkd.data.shards import DataError
-from clinkd.train.resume import Begun, Standing, begun, places
+from clinkd.train.checkpoint import Checkpoints
+from clinkd.train.resume import Begun, Standing, begun, loadable, places
 
 
 @given(st.integers(1, 24), st.integers(1, 9))
@@ -44,6 +45,14 @@ def test_shards_fit_the_ranks_and_stage_that_wrote_them(
     standing.write(tmp_path)
     assert Standing.read(tmp_path) == standing and standing.fits(ranks, zero) is fits
     assert Standing(5, 20, 2, 0, Begun(40, 2)).fits(7, 0)
+
+
+@pytest.mark.parametrize("kept", [None, "{}", '{"step": 5, "more": 1}', "not json"])
+def test_a_checkpoint_of_another_version_is_refused_with_what_to_do(tmp_path: Path, kept: str | None) -> None:
+    checkpoints = Checkpoints(tmp_path / "distill", 0, lambda: None)
+    checkpoints.save(5, lambda folder: (folder / "standing.json").write_text(kept) if kept else None)
+    with pytest.raises(DataError, match=r"remove .*distill to begin the stage anew"):
+        loadable(checkpoints, 2, 1, lambda: None)
 
 
 def column(lines: list[dict], key: str) -> list[float]:
