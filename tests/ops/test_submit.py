@@ -161,7 +161,7 @@ def test_exit_codes_logs_and_tokens(head: Head, runs: list[str]) -> None:
     done = head.clinkd("pipeline", *runs)
     assert done.returncode == 0, done.stderr
     assert "skipped distill" in done.stdout and "clinkd-pipeline-tiny-1: submitted" in done.stderr
-    failed = head.clinkd("pipeline", *runs, "compute.workers=64", "run.name=wide")
+    failed = head.clinkd("pipeline", *runs, "compute.workers=64", "run.name=wide", "distill.a=9")
     assert failed.returncode == 2 and "compute.workers: 64 workers" in failed.stdout
     for token in ("", "another"):
         refused = head.clinkd("pipeline", *runs, RAY_AUTH_TOKEN=token)
