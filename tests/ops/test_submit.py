@@ -173,7 +173,7 @@ def test_exit_codes_logs_and_tokens(head: Head, runs: list[str]) -> None:
 def test_stopped_it_goes_on_by_the_same_command(head: Head, runs: list[str], tmp_path: Path) -> None:
     """`ray job stop` is a SIGTERM: the step under way is saved. While it runs the command follows it."""
     arguments = [
-        "distill", *runs, "run.name=stopped", "distill.optim.steps=300", "compute.checkpoint_every=1000"
+        "distill", *runs, "run.name=stopped", "distill.optim.steps=160", "compute.checkpoint_every=1000"
     ]  # fmt: skip
     first = head.clinkd(*arguments, "--no-wait")
     assert first.returncode == 0 and "clinkd-distill-stopped-1: submitted" in first.stderr
@@ -191,12 +191,12 @@ def test_stopped_it_goes_on_by_the_same_command(head: Head, runs: list[str], tmp
     saved = max(path.name for path in metrics.parent.glob("work/distill/step-*"))
     assert taken == list(range(1, len(taken) + 1)) and saved == f"step-{taken[-1]:08d}"
 
-    again = head.clinkd(*arguments, "distill.optim.steps=300")
+    again = head.clinkd(*arguments, "distill.optim.steps=160")
     assert again.returncode == 0, again.stdout
     assert "clinkd-distill-stopped-2: submitted" in again.stderr
     (whole,) = (path for path in changed(tmp_path / "runs" / "artifacts"))
     steps = [line["step"] for line in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, 161))
 
 
 def awaited(artifacts: Path, step: int) -> Path:
@@ -210,6 +210,6 @@ def awaited(artifacts: Path, step: int) -> Path:
 
 
 def changed(artifacts: Path) -> list[Any]:
-    """Students of 300 steps."""
+    """Students of 160 steps."""
     found = (path for path in artifacts.glob("distill-*/artifact.json"))
-    return [path.parent for path in found if json.loads(path.read_text())["counts"]["steps"] == 300]
+    return [path.parent for path in found if json.loads(path.read_text())["counts"]["steps"] == 160]
