@@ -36,6 +36,7 @@ def test_overlap_and_buckets_change_no_curve(zero: int, prepared: Path, start: P
     }
     if zero == 3:
         ways["off"] |= {"cpu_offload": True, "offload_parameters": True, "zero_stage": 3}
+        del ways["overlapped"]
     lines = train_each(
         prepared,
         {
@@ -45,8 +46,8 @@ def test_overlap_and_buckets_change_no_curve(zero: int, prepared: Path, start: P
     )
     losses = {name: [line["loss"] for line in found] for name, found in lines.items()}
     assert losses["preset"][-1] < 0.95 * losses["preset"][0]
-    assert losses["overlapped"] == pytest.approx(losses["preset"], rel=1e-4)
-    assert losses["off"] == pytest.approx(losses["preset"], rel=1e-4)
+    for found in losses.values():
+        assert found == pytest.approx(losses["preset"], rel=1e-4)
     for line in lines["preset"]:
         assert line["tokens"] < line["input_tokens"]  # image and question tokens are input too
         assert line["tokens_per_s"] == pytest.approx(line["input_tokens"] / line["seconds"], rel=1e-2)

@@ -32,6 +32,7 @@ SWEEP = {
     },
 }  # fmt: skip
 STEPS = "distill.optim.steps=6"
+TWICE = "CLINKD_KILLS" in os.environ  # a second kill, between trials; two minutes more
 
 
 def root(finished: Path, folder: Path) -> Path:
@@ -84,13 +85,14 @@ def kill_when(folder: Path, path: str, ready: Any) -> None:
         time.sleep(3)  # Ray's processes see that their parents are gone
 
 
-def test_killed_twice_and_resumed_the_study_is_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_the_study_is_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
     whole, cut = root(finished, tmp_path / "whole"), root(finished, tmp_path / "cut")
     path = write(tmp_path)
     done = clinkd(whole, "sweep", path, *SMALL, STEPS)
     assert done.returncode == 0, done.stderr
     kill_when(cut, path, lambda found: any(state == "RUNNING" and rungs for _, state, _, rungs, _ in found))
-    kill_when(cut, path, lambda found: sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in found) >= 2)
+    if TWICE:
+        kill_when(cut, path, lambda found: sum(each[1] in ("COMPLETE", "PRUNED") for each in found) >= 2)
     again = clinkd(cut, "sweep", path, *SMALL, STEPS)
     assert again.returncode == 0, again.stderr
     assert outcome(cut, path) == outcome(whole, path)
@@ -131,7 +133,7 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_
         "distill.a": {"kind": "choice", "values": [0.5, 0.7]},
         "compute.deepspeed": {"kind": "choice", "values": ["missing.json"], "when": {"distill.a": 0.7}},
     }
-    path = write(folder, space=space, sampler="random", scheduler="none", trials=2, retries=1)
+    path = write(folder, space=space, sampler="random", scheduler="none", trials=2, retries=0)
     done = clinkd(folder, "sweep", path, *SMALL, STEPS, "compute.max_failures=0")
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "runs" / "swept" / "sweep.json").read_text())["trials"]
