@@ -29,7 +29,9 @@ def test_a_bucket_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytes
         assert found.state == "ok" and "there and back" in found.found
         import boto3
 
-        assert "Contents" not in boto3.client("s3", endpoint_url=endpoint).list_objects_v2(Bucket=BUCKET)
+        assert "Contents" not in boto3.client("s3", endpoint_url=endpoint).list_objects_v2(
+            Bucket=BUCKET, Prefix="checks"
+        )
         missing = ward.round_trip("s3://no-such-bucket/checks")
     assert missing.state == "failed" and "credentials come from" in missing.remedy
 
