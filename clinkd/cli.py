@@ -20,7 +20,7 @@ from pathlib import Path
 
 import typer
 
-from clinkd import cli_data, cli_plan, console
+from clinkd import cli_data, cli_ops, console
 from clinkd.interrupt import terminated
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
@@ -292,9 +292,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     ablate,
     report,
     certify,
-    cli_plan.plan,
-    cli_data.submit,
-    cli_data.doctor,
+    cli_ops.plan,
+    cli_ops.submit,
+    cli_ops.doctor,
     cli_data.validate,
     config,
 )

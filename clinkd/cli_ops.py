@@ -1,4 +1,4 @@
-"""The command ``clinkd plan``."""
+"""The commands before and around a run: ``plan``, ``submit``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -57,3 +57,60 @@ def plan(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps(found, indent=1) if as_json else show(found))
+
+
+def submit(
+    job: str = typer.Argument(
+        ..., metavar="JOB", help="pipeline, teacher, distill, reflect, label, sweep or ablate."
+    ),
+    path: Path = typer.Argument(..., metavar="CONFIG", help="YAML file; sent as one resolved file."),
+    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
+    address: str = typer.Option(
+        ..., "--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the head's dashboard: http://HEAD:8265."
+    ),
+    wait: bool = typer.Option(True, "--wait/--no-wait", help="Follow the log and return the exit code."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would be sent."),
+) -> None:
+    """Run a command as a Ray job on a cluster; the same again follows it, or goes on where it ended.
+
+    A token is taken from the environment (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN). Ctrl-C stops following, not
+    the job: `ray job stop ID` does that.
+
+    \b
+    Example: clinkd submit pipeline configs/qwen2_vl_7b.yaml run.root=/mnt/shared/runs \\
+                 --address http://head:8265
+    """
+    from clinkd.config import load_config
+    from clinkd.ops import submit as jobs
+
+    with jobs.packed(job, load_config(path, overrides)) as packed:
+        typer.echo(f"{packed.name}: {packed.entrypoint} ({packed.size / 2**20:.1f} MiB to send)", err=True)
+        if dry_run:
+            return
+        client = jobs.client_of(address)
+        attempt, started = jobs.submit(client, packed, address)
+    typer.echo(f"{attempt}: {'submitted' if started else 'under way already; following it'}", err=True)
+    if wait:
+        code = jobs.follow(client, attempt, lambda text: typer.echo(text, nl=False), address)
+        raise typer.Exit(code)
+
+
+def doctor(
+    root: Path = typer.Option(Path("runs"), "--root", help="Where runs would be kept."),
+    storage: str | None = typer.Option(None, "--storage", help="A bucket to try: s3://bucket/prefix."),
+    endpoint: str | None = typer.Option(None, "--endpoint", help="An S3 that is not Amazon's."),
+) -> None:
+    """Check this machine: versions, GPU, compilers, Java, memory, disk, ports, object storage.
+
+    One line each, with what to do. Exit code 1 where something fails that the main job needs.
+    Example: clinkd doctor --storage s3://bucket/clinkd
+    """
+    from clinkd.ops.doctor import doctor as checks
+    from clinkd.storage import configure
+
+    configure(endpoint)
+    failed = False
+    for finding in checks(root, storage):
+        typer.echo(finding.line())
+        failed = failed or finding.state == "failed"
+    raise typer.Exit(1 if failed else 0)
