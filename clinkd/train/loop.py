@@ -189,7 +189,8 @@ class Worker:
             try:
                 whole = self._train(passed)
                 if self.offsite is not None:
-                    self.offsite.close(self.job.compute.grace)
+                    done = whole and self.job.end == self.job.steps  # nobody goes on from its checkpoints
+                    self.offsite.close(0.0 if done else self.job.compute.grace)
                 if whole:
                     self._finish()
                 return

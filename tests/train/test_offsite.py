@@ -68,6 +68,19 @@ def test_errors_throttling_and_lost_connections_lose_no_checkpoint(s3: Faults, t
         assert s3.seen["errors"] and s3.seen["throttles"] and s3.seen["drops"]
 
 
+def test_a_job_that_is_done_waits_for_no_copy_and_leaves_no_half_one(s3: Faults, tmp_path: Path) -> None:
+    s3.slow, s3.delay = 1, 0.3
+    job = Job(tmp_path / "here", f"s3://{BUCKET}/done")
+    job.checkpoints.save(5, lambda folder: (folder / "a").write_bytes(b"weights"))
+    begun = s3.seen["requests"]
+    job.offsite.send(tmp_path / "here" / "step-00000005")
+    job.offsite.close(0)
+    assert s3.seen["requests"] - begun <= 3  # what was under way
+    shutil.rmtree(tmp_path / "here")
+    assert Job(tmp_path / "here", f"s3://{BUCKET}/done").checkpoints.newest() is None
+    assert not job.warnings
+
+
 def test_two_copies_stay(tmp_path: Path) -> None:
     job = Job(tmp_path / "here", str(tmp_path / "store"))
     for step in (5, 10, 15):
