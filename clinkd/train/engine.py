@@ -245,3 +245,14 @@ def whole_state(engine: Any, zero_stage: int) -> dict[str, Any]:
     if zero_stage == 3:
         return engine._zero3_consolidated_16bit_state_dict() or {}
     return {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}
+
+
+def set_seeds(seed: int) -> None:
+    """Of Python, numpy and torch."""
+    import random
+
+    import numpy as np
+    import torch
+
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(seed % 2**32)

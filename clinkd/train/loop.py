@@ -108,6 +108,8 @@ def run_job(job: TrainJob, rows: Any) -> None:
     import ray.train
     import torch
 
+    from clinkd.train.engine import set_seeds
+
     torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -121,17 +123,6 @@ def run_job(job: TrainJob, rows: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def set_seeds(seed: int) -> None:
-    """Of Python, numpy and torch."""
-    import random
-
-    import numpy as np
-    import torch
-
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(seed % 2**32)
 
 
 class Worker:
@@ -307,6 +298,8 @@ class Worker:
         """Sums of the losses and counts, all over all ranks."""
         import torch
         import torch.distributed as dist
+
+        from clinkd.train.engine import set_seeds
 
         set_seeds((self.job.seed * 1_000_003 + self.step) * 65_537 + self.rank)
         begun = time.monotonic()
