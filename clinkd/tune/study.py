@@ -65,8 +65,11 @@ def open_study(config: RunConfig, *, create: bool = True) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url, name = storage_url(config), config.run.name
+    # Optuna writes its version where that is missing, whoever opens: one who only looks would do it in the
+    # middle of a sweep's beginning, which then fails.
+    if not create and not _has_begun(url, name):
+        raise NoStudy(f"{_without_password(url)}: no study of the name {name} there; `clinkd sweep` makes it")
     try:
-        # One who only looks makes no tables: the sweep that is beginning would trip over them.
         storage = optuna.storages.RDBStorage(
             url, skip_table_creation=not create, skip_compatibility_check=not create
         )
@@ -77,10 +80,6 @@ def open_study(config: RunConfig, *, create: bool = True) -> Any:
             directions=["maximize"] * len(config.sweep.metrics),
         )  # fmt: skip
     except Exception as error:  # SQLAlchemy's and the drivers' own
-        if not create and (isinstance(error, KeyError) or not _has_tables(url)):
-            raise NoStudy(
-                f"{_without_password(url)}: no study of the name {name} there; `clinkd sweep` makes it"
-            ) from None
         raise ConfigError(f"sweep.storage: {_without_password(url)}: {_first_line(error)}") from None
     begun = study.user_attrs.get(SETTINGS)
     if begun is None:
@@ -98,12 +97,20 @@ def open_study(config: RunConfig, *, create: bool = True) -> Any:
     return study
 
 
-def _has_tables(url: str) -> bool:
-    """Whether Optuna has put its tables there; true too of a server that does not answer."""
+def _has_begun(url: str, name: str) -> bool:
+    """Whether the study's own row is there, which comes last; true too of a server that does not answer."""
     import sqlalchemy
 
     try:
-        return bool(sqlalchemy.inspect(sqlalchemy.create_engine(url)).has_table("studies"))
+        engine = sqlalchemy.create_engine(url)
+        try:
+            with engine.connect() as connection:
+                if not sqlalchemy.inspect(connection).has_table("studies"):
+                    return False
+                names = sqlalchemy.table("studies", sqlalchemy.column("study_name"))
+                return name in connection.scalars(sqlalchemy.select(names.c.study_name))
+        finally:
+            engine.dispose()
     except Exception:  # a driver that is not installed is none of SQLAlchemy's own errors
         return not url.startswith("sqlite")  # whose file is not there yet
 

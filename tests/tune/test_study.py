@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,19 @@ def test_who_looks_before_it_begins_is_told_so_and_makes_no_tables(tmp_path: Pat
     open_study(with_values(made, {"run.name": "other", "sweep.storage": storage_url(made)}))
     with pytest.raises(NoStudy):
         open_study(made, create=False)
+
+
+def test_who_looks_while_it_begins_sees_nothing_or_the_study_and_stops_nobody(tmp_path: Path) -> None:
+    for number in range(4):
+        made, looks = config(tmp_path / str(number)), 0
+        with ThreadPoolExecutor(1) as pool:
+            begun = pool.submit(open_study, made)
+            while not begun.done():
+                with suppress(NoStudy):
+                    assert own_trials(open_study(made, create=False)) == []
+                looks += 1
+            assert own_trials(begun.result()) == own_trials(open_study(made, create=False)) == []
+        assert looks > 1
 
 
 def test_who_looks_at_a_server_that_does_not_answer_is_not_told_to_wait(tmp_path: Path) -> None:
