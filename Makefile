@@ -20,7 +20,8 @@ demo: install
 test: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --durations=30
+	$(BIN)/pytest --durations=15 -m "not slow"
+	$(BIN)/pytest --durations=40 -m slow
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 
 # In a folder of its own, which only its tests see; the lock file says why.

@@ -15,6 +15,7 @@ import os
 import socket
 import warnings
 from pathlib import Path
+from typing import Any
 
 from clinkd.config import ConfigError
 from clinkd.interrupt import handlers_kept
@@ -123,6 +124,15 @@ def feed_cpus(workers: int, cpus_per_worker: float, tasks: int) -> float:
     training = workers * declared_cpus(workers, cpus_per_worker)
     left = max(DATA_CPUS, ray.cluster_resources().get("CPU", 0.0) - training)
     return max(0.01, min(1.0, 0.9 * left / (workers * tasks)))
+
+
+def beside_the_driver() -> dict[str, Any]:
+    """Options of an actor that may not go away with another node than the one whose loss ends the run."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=here, soft=False)}
 
 
 def disconnect() -> None:

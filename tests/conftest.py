@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ending
 import pytest
 from small_run import CONFIG, SMALL, clinkd
 
@@ -32,6 +33,8 @@ def ray_session() -> Iterator[None]:
         logging_level="ERROR",
     )
     yield
+    for end in ending.before_ray:
+        end()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 

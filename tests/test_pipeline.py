@@ -130,18 +130,18 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: s
 
 def test_ended_and_killed_in_the_middle_of_distillation_it_goes_on(finished: Path) -> None:
     """SIGTERM saves the step under way; kill -9 of all that was started costs those since a checkpoint."""
-    changes = ["run.name=killed", "distill.optim.steps=40", "reflect.rounds=0", "compute.checkpoint_every=8"]
-    arguments = ["run", str(CONFIG), *SMALL, *changes]
+    changes = ["run.name=killed", "distill.optim.steps=24", "compute.checkpoint_every=4"]
+    arguments = ["train", "distill", str(CONFIG), *SMALL, *changes]
     artifacts = finished / "runs" / "artifacts"
     before = set(artifacts.glob("distill-*"))
     first = start(finished, *arguments)
-    wait_for_step(artifacts, 10, first)
+    wait_for_step(artifacts, 6, first)
     os.kill(first.pid, signal.SIGTERM)
     assert first.wait(timeout=120) == 0
     (partial,) = artifacts.glob("distill-*.partial")
     taken = len(lines(partial / "metrics.jsonl"))
     saved = max(path.name for path in partial.glob("work/distill/step-*"))
-    assert 10 <= taken < 40 and saved == f"step-{taken:08d}"
+    assert 6 <= taken < 24 and saved == f"step-{taken:08d}"
 
     second = start(finished, *arguments, "compute.workers=1")
     wait_for_step(artifacts, taken + 3, second)
@@ -152,7 +152,7 @@ def test_ended_and_killed_in_the_middle_of_distillation_it_goes_on(finished: Pat
     assert done.returncode == 0, done.stderr
     made = set(artifacts.glob("distill-*")) - before
     metrics = lines(next(path for path in made if path.is_dir()) / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == list(range(1, 41))  # none twice, none missing
+    assert [line["step"] for line in metrics] == list(range(1, 25))  # none twice, none missing
     assert "skipped teacher" in done.stderr and "skipped distill" not in done.stderr
 
 

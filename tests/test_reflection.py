@@ -18,17 +18,15 @@ from small_run import CONFIG, SMALL, clinkd, lines, start
 from clinkd.distill.teacher_cache import teacher_key
 
 pytestmark = pytest.mark.slow
-ROUND = [
-    *SMALL, "reflect.samples=60", "reflect.budget=40", "reflect.validation=40", "reflect.replay=0.25",
-    "reflect.optim.steps=12",
-]  # fmt: skip
-COMMAND = ("train", "reflect", str(CONFIG), *ROUND)
+COMMAND = ("train", "reflect", str(CONFIG), *SMALL)
 PHASES = [  # of a round: what is there when it is under way
     "round-1/answers/part-00000.jsonl",
     "round-1/candidates/part-00000.jsonl",
     "work/reflect-1/step-*",
     "round-1/after/part-00000.jsonl",
 ]
+if "CLINKD_KILLS" not in os.environ:  # a minute each
+    PHASES = PHASES[1:3]
 
 
 def reflected(folder: Path, before: set[Path]) -> Path:
@@ -68,21 +66,20 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
     raise AssertionError(f"{pattern} never came (exit code {process.poll()})")
 
 
-def test_killed_in_each_phase_it_goes_on_and_comes_out_the_same(finished: Path, tmp_path: Path) -> None:
-    for name in ("disturbed", "quiet"):
-        shutil.copytree(finished / "runs", tmp_path / name / "runs")
-    before = {name: set(artifacts(tmp_path / name)) for name in ("disturbed", "quiet")}
+def test_killed_in_a_phase_it_goes_on_and_comes_out_the_same(finished: Path, tmp_path: Path) -> None:
+    (quiet,) = (path for path in artifacts(finished) if path.is_dir())
+    skipped = shutil.ignore_patterns("reflect-*", "evaluate-*", "tiny")
+    shutil.copytree(finished / "runs", tmp_path / "runs", ignore=skipped)
     written: dict[str, int] = {}
     for phase in PHASES:
-        found = killed_in(tmp_path / "disturbed", phase)
+        found = killed_in(tmp_path, phase)
         assert written.items() <= found.items()  # what was there was not written again
         written = found
-    assert any("candidates" in name for name in written) and any("after" in name for name in written)
-    for name in ("disturbed", "quiet"):
-        done = clinkd(tmp_path / name, *COMMAND)
-        assert done.returncode == 0, done.stderr
+    assert any("answers" in name for name in written) and any("candidates" in name for name in written)
+    done = clinkd(tmp_path, *COMMAND)
+    assert done.returncode == 0, done.stderr
 
-    disturbed, quiet = (reflected(tmp_path / name, before[name]) for name in ("disturbed", "quiet"))
+    disturbed = tmp_path / "runs" / "artifacts" / quiet.name
     for name, when in written.items():
         assert (disturbed / name).stat().st_mtime_ns == when
     parts = sorted(path.relative_to(quiet) for path in quiet.rglob("part-*.jsonl"))
@@ -92,7 +89,7 @@ def test_killed_in_each_phase_it_goes_on_and_comes_out_the_same(finished: Path, 
         assert (disturbed / part).read_bytes() == (quiet / part).read_bytes(), part
     name = "round-1/feedback.parquet"
     assert pq.read_table(disturbed / name).equals(pq.read_table(quiet / name))
-    assert [row["step"] for row in lines(disturbed / "round-1/metrics.jsonl")] == list(range(1, 13))
+    assert [row["step"] for row in lines(disturbed / "round-1/metrics.jsonl")] == list(range(1, 5))
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (disturbed, quiet))
     assert all(ours[key].equal(theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
 

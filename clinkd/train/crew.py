@@ -34,6 +34,8 @@ from clinkd.train.loop import TrainJob, run_job
 
 KEPT = 2
 """Tables that a worker keeps: a stage's and the one before."""
+SOON = 10.0
+"""Seconds for workers to end that have nothing more to do."""
 
 
 class Mailbox:
@@ -226,9 +228,10 @@ class Crew:
 
         self._error = None
         threads = self.compute.workers
-        self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        here = cluster.beside_the_driver()
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, **here).remote()
         self._feeder = ray.remote(Feeder).options(
-            num_cpus=0, max_concurrency=threads, max_restarts=3
+            num_cpus=0, max_concurrency=threads, max_restarts=3, **here
         ).remote()  # fmt: skip
         actors = {"mailbox": self._mailbox, "feeder": self._feeder}
         trainer = _trainer(self.compute, actors, self.storage)
@@ -243,7 +246,10 @@ class Crew:
         self._thread.start()
 
     def close(self, wait: bool = True) -> None:
-        """Sends the workers home; ``wait``: until they are gone."""
+        """Sends the workers home; ``wait``: until they are gone, not only for a few seconds.
+
+        A thread that still waits for Ray when Ray is shut down can take the process with it (SIGSEGV).
+        """
         import ray
 
         if self._thread is None or not ray.is_initialized():
@@ -252,8 +258,7 @@ class Crew:
         thread = self._thread
         if thread.is_alive():
             ray.get(self._mailbox.close.remote())
-            if wait:
-                thread.join()
+            thread.join(None if wait else SOON)
         self._forget()
 
     def _forget(self) -> None:

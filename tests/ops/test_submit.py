@@ -182,11 +182,11 @@ def test_stopped_it_goes_on_by_the_same_command(head: Head, runs: list[str], tmp
         head.command(*arguments), env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
-    time.sleep(8)
+    read_until(following, "under way already")
     ray = [str(Path(sys.executable).parent / "ray"), "job", "stop", f"--address={head.address}"]
     subprocess.run([*ray, "clinkd-distill-stopped-1"], env=head.environment, check=True, capture_output=True)
-    told, _ = following.communicate(timeout=120)
-    assert "under way already" in told and following.returncode == 130
+    following.communicate(timeout=120)
+    assert following.returncode == 130
     taken = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     saved = max(path.name for path in metrics.parent.glob("work/distill/step-*"))
     assert taken == list(range(1, len(taken) + 1)) and saved == f"step-{taken[-1]:08d}"
@@ -197,6 +197,16 @@ def test_stopped_it_goes_on_by_the_same_command(head: Head, runs: list[str], tmp
     (whole,) = (path for path in changed(tmp_path / "runs" / "artifacts"))
     steps = [line["step"] for line in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())]
     assert steps == list(range(1, 161))
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"it ended without {text!r}: {''.join(said)}")
 
 
 def awaited(artifacts: Path, step: int) -> Path:

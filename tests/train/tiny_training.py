@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ending
+
 from clinkd.config import ComputeSection, OptimSection
 from clinkd.train.crew import Crew
 
@@ -27,14 +29,20 @@ _crew: Crew | None = None
 
 
 def crew(compute: ComputeSection) -> Crew:
-    """Workers that the tests of a session share, as long as they ask for as many; they end with its Ray."""
+    """Workers that the tests of a session share, as long as they ask for as many; they end before its Ray."""
     global _crew
     if _crew is None or _crew.compute.workers != compute.workers:
-        if _crew is not None:
-            _crew.close()
+        if _crew is None:
+            ending.before_ray.append(dismiss)
+        dismiss()
         patient = compute.model_copy(update={"max_failures": 100})  # tests let workers die on purpose
         _crew = Crew(patient, Path(tempfile.mkdtemp(prefix="crew")))
     return _crew
+
+
+def dismiss() -> None:
+    if _crew is not None:
+        _crew.close()
 
 
 def train(prepared: Path, out: Path, spec: Any, **how: Any) -> list[dict[str, Any]]:

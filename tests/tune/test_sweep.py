@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ SWEEP = {
         },
     },
 }  # fmt: skip
-STEPS = "distill.optim.steps=6"
+STEPS = ["distill.optim.steps=6", "compute.workers=1"]  # a second worker is a minute of starting
 TWICE = "CLINKD_KILLS" in os.environ  # a second kill, between trials; two minutes more
 
 
@@ -55,7 +56,7 @@ def write(folder: Path, **changes: Any) -> str:
 
 
 def study_of(folder: Path, path: str) -> Any:
-    return open_study(load_config(path, [*SMALL, STEPS, f"run.root={folder / 'runs'}"]), create=False)
+    return open_study(load_config(path, [*SMALL, *STEPS, f"run.root={folder / 'runs'}"]), create=False)
 
 
 def outcome(folder: Path, path: str) -> list[tuple[Any, ...]]:
@@ -71,7 +72,7 @@ def outcome(folder: Path, path: str) -> list[tuple[Any, ...]]:
 
 def kill_when(folder: Path, path: str, ready: Any) -> None:
     """Starts the sweep and ends all of its processes with SIGKILL as soon as ``ready`` says of its trials."""
-    process = start(folder, "sweep", path, *SMALL, STEPS)
+    process = start(folder, "sweep", path, *SMALL, *STEPS)
     until = time.monotonic() + 600
     try:
         while time.monotonic() < until and process.poll() is None:
@@ -80,7 +81,8 @@ def kill_when(folder: Path, path: str, ready: Any) -> None:
                 return
         raise AssertionError("the sweep ended, or never came so far")
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(3)  # Ray's processes see that their parents are gone
 
@@ -88,12 +90,12 @@ def kill_when(folder: Path, path: str, ready: Any) -> None:
 def test_killed_and_resumed_the_study_is_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
     whole, cut = root(finished, tmp_path / "whole"), root(finished, tmp_path / "cut")
     path = write(tmp_path)
-    done = clinkd(whole, "sweep", path, *SMALL, STEPS)
+    done = clinkd(whole, "sweep", path, *SMALL, *STEPS)
     assert done.returncode == 0, done.stderr
     kill_when(cut, path, lambda found: any(state == "RUNNING" and rungs for _, state, _, rungs, _ in found))
     if TWICE:
         kill_when(cut, path, lambda found: sum(each[1] in ("COMPLETE", "PRUNED") for each in found) >= 2)
-    again = clinkd(cut, "sweep", path, *SMALL, STEPS)
+    again = clinkd(cut, "sweep", path, *SMALL, *STEPS)
     assert again.returncode == 0, again.stderr
     assert outcome(cut, path) == outcome(whole, path)
     assert len({tuple(values) for *_, values in outcome(whole, path) if values}) > 1
@@ -134,7 +136,7 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_
         "compute.deepspeed": {"kind": "choice", "values": ["missing.json"], "when": {"distill.a": 0.7}},
     }
     path = write(folder, space=space, sampler="random", scheduler="none", trials=2, retries=0)
-    done = clinkd(folder, "sweep", path, *SMALL, STEPS, "compute.max_failures=0")
+    done = clinkd(folder, "sweep", path, *SMALL, *STEPS, "compute.max_failures=0")
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "runs" / "swept" / "sweep.json").read_text())["trials"]
     states = {row["values"]["distill.a"]: row["state"] for row in rows}
@@ -151,7 +153,7 @@ def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
     folder = root(finished, tmp_path)
     space = {"distill.optim.lr": {"kind": "loguniform", "low": 1e-5, "high": 1e-2}}
     path = write(folder, space=space, sampler="random", scheduler="pbt", grace=2, trials=2)
-    done = clinkd(folder, "sweep", path, *SMALL, STEPS)
+    done = clinkd(folder, "sweep", path, *SMALL, *STEPS)
     assert done.returncode == 0, done.stderr
     notes = folder / "runs" / "swept" / "sweep" / "clones.jsonl"
     clones = lines(notes)
@@ -188,6 +190,6 @@ def cosine(step: int, total: int) -> float:
 def test_what_cannot_be_is_refused_before_anything_starts(
     tmp_path: Path, changes: dict[str, Any], overrides: list[str], said: str
 ) -> None:
-    done = clinkd(tmp_path, "sweep", write(tmp_path, **changes), *SMALL, STEPS, *overrides)
+    done = clinkd(tmp_path, "sweep", write(tmp_path, **changes), *SMALL, *STEPS, *overrides)
     assert done.returncode == 2 and said in done.stderr
     assert not list(tmp_path.glob("runs/artifacts/*-*"))  # no stage was made
