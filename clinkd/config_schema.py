@@ -72,8 +72,8 @@ def markdown() -> str:
         "Made by `clinkd config --keys` from the schema; edit a field's description, not this page. A key is",
         "written dotted on the command line (`distill.a=1.0`) and nested in YAML; `base: FILE` starts from",
         "another file. `clinkd config FILE` prints the whole resolved configuration, or every mistake in it;",
-        "`clinkd config --schema` prints JSON Schema for an editor. Where a meaning says *none*, YAML has `null` and",
-        "the command line nothing: `evaluate.limit=`.",
+        "`clinkd config --schema` prints JSON Schema for an editor. Where a meaning says *none*, YAML has",
+        "`null` and the command line nothing: `evaluate.limit=`.",
     ]
     every = keys()
     for name, said in sections().items():

@@ -21,7 +21,7 @@ import yaml
 from clinkd.config import ConfigError, check_config
 from clinkd.config_schema import SCHEMA_FILE, keys, sections
 from clinkd.ops.llamafactory import Translation
-from clinkd.reading import read_yaml
+from clinkd.reading import read_value, read_yaml
 
 CONFIG_FILE = "config.yaml"
 WIDTH = 110
@@ -219,13 +219,14 @@ def _comment(text: str, indent: str, mark: str = "# ") -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """A value as YAML has it on one line."""
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value)
+    """A value as YAML has it on one line, so that our reader gives the same one."""
     text = yaml.safe_dump(
         value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
     )
-    return text.removesuffix("...\n").strip()
+    text = text.removesuffix("...\n").strip()
+    if isinstance(value, str) and ("\n" in text or read_value(text) != value):  # "5e-5" is a number to it
+        return json.dumps(value, ensure_ascii=False)
+    return text
 
 
 def name_of(folder: Path) -> str:
