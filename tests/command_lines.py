@@ -54,7 +54,7 @@ class Call:
     def config(self, folder: Path) -> RunConfig | None:
         """The configuration that the line names, relative to ``folder``, with its overrides."""
         path = self.parameters.get("path")
-        if "overrides" not in self.parameters or path is None:
+        if "overrides" not in self.parameters or path is None or path.parts[0] == "runs":  # that a run leaves
             return None
         return load_config(folder / path, list(self.parameters["overrides"] or ()))
 

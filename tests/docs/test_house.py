@@ -1,4 +1,4 @@
-"""The files beside the code: licence, citation, changelog, the picture of the rooms; links that lead somewhere."""
+"""The files beside the code: licence, citation, changelog, the picture of the rooms; links that lead on."""
 
 from __future__ import annotations
 
