@@ -40,28 +40,17 @@ def init(
              clinkd init mine --from qwen2vl_lora_sft.yaml --data train.json --images images
     """
     from clinkd import storage
-    from clinkd.config_schema import SCHEMA_FILE, schema_text
     from clinkd.ops import starter
     from clinkd.ops.llamafactory import translate
 
-    translated = translate(source) if source is not None else None
-    case = starter.Case(
-        task or ("finetune" if translated else "recipe"), starter.name_of(folder), data, images, model,
-        teacher, gpus, translated,
-    )  # fmt: skip
-    path, schema = folder / starter.CONFIG_FILE, folder / SCHEMA_FILE
-    text = starter.text_of(case, str(folder))
-    starter.refuse((path, schema), force)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    schema.write_text(schema_text(), encoding="utf-8")
+    found = translate(source) if source is not None else None
+    task = task or ("finetune" if found else "recipe")
+    name = starter.name_of(folder)
+    path = starter.write(starter.Case(task, name, data, images, model, teacher, gpus, found), folder, force)
     if data is not None and not storage.is_remote(data) and not Path(data).exists():
         typer.echo(f"note: nothing at {data} yet; `clinkd run` looks there", err=True)
-    if translated is not None:
-        typer.echo(
-            f"{translated.taken} lines taken, {len(translated.left)} without counterpart: see its end",
-            err=True,
-        )
+    if found is not None:
+        typer.echo(f"{found.taken} lines taken, {len(found.left)} without counterpart: see its end", err=True)
     typer.echo(f"{path}: next, `clinkd config {path}` and `clinkd plan {path}`")
 
 

@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 from collections.abc import Iterator
@@ -43,9 +44,10 @@ def sections() -> dict[str, str]:
     }
 
 
-def keys() -> list[Key]:
+@functools.cache
+def keys() -> tuple[Key, ...]:
     """Every key in the schema's order; a section that may be left out gives its keys too."""
-    return list(_keys(RunConfig, "", RunConfig()))
+    return tuple(_keys(RunConfig, "", RunConfig()))
 
 
 def json_schema() -> dict[str, Any]:

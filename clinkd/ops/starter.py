@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from clinkd.config import ConfigError, check_config
-from clinkd.config_schema import SCHEMA_FILE, keys, sections
+from clinkd.config_schema import SCHEMA_FILE, keys, schema_text, sections
 from clinkd.ops.llamafactory import Translation
 from clinkd.reading import read_value, read_yaml
 
@@ -234,12 +234,18 @@ def name_of(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:64] or "mine"
 
 
-def refuse(paths: Iterable[Path], force: bool) -> None:
-    """Refuses to write over what is there.
+def write(case: Case, folder: Path, force: bool) -> Path:
+    """Writes the configuration and its schema into ``folder``; returns the configuration.
 
     Raises:
-        ConfigError: a file is there and ``force`` is not.
+        ConfigError: as :func:`text_of`, or a file is there and ``force`` is not.
     """
-    there = [str(path) for path in paths if path.exists()]
+    text = text_of(case, str(folder))
+    path, schema = folder / CONFIG_FILE, folder / SCHEMA_FILE
+    there = [str(file) for file in (path, schema) if file.exists()]
     if there and not force:
         raise ConfigError(f"init: {there[0]} is there already; --force writes over it, another DIR beside it")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    schema.write_text(schema_text(), encoding="utf-8")
+    return path
