@@ -30,7 +30,7 @@ WIDTH = 110
 RECIPE: dict[str, Any] = {
     "optim.epochs": 3, "optim.batch_size": 2, "optim.accumulation": 8, "optim.lr": 5e-5,
     "optim.schedule": "cosine", "distill.chunk_size": 64, "evaluate.batch_size": 32,
-    "evaluate.max_new_tokens": 256,
+    "evaluate.max_new_tokens": 256, "rope.gamma": 0.0,
 }  # fmt: skip
 # As configs/tiny.yaml has it: models that are made here and trained on CPUs.
 TINY: dict[str, Any] = {
@@ -60,7 +60,7 @@ SWEEP: dict[str, Any] = {
 }  # fmt: skip
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "recipe": (
-        "the whole recipe: guided positions, distillation, rounds of reflection",
+        "distillation, then rounds of reflection; guided positions where rope.gamma is above 0",
         {"reflect.rounds": 1},
     ),
     "distill": ("a student of a teacher, without rounds of reflection", {"reflect.rounds": 0}),
