@@ -10,6 +10,7 @@ Decisions:
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import typer
 
-from clinkd import cli_data, cli_ops, console
+from clinkd import cli_data, cli_init, cli_ops, console
 from clinkd.interrupt import terminated
 
 HELP = """Train ClinKD: a Qwen2-VL that answers questions about medical images and points at what it means.
@@ -41,11 +42,11 @@ Each arrow is a stage. A stage that is there and whole is skipped, one that was 
 
 Exit codes: 0 done, 1 failed while working, 2 bad input or configuration. --debug shows tracebacks.
 """
+EXAMPLE = "Example: "
 
 app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -64,7 +65,10 @@ def evaluate(
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
     spice_jars: Path | None = typer.Option(None, "--spice-jars", help="Folder of CoreNLP 3.6.0, for SPICE."),
 ) -> None:
-    """Score predictions by the published protocol, with stricter numbers beside it."""
+    """Score predictions by the published protocol, with stricter numbers beside it.
+
+    Example: clinkd evaluate --task vg --predictions runs/tiny/predictions.jsonl --json
+    """
     from clinkd.config import ConfigError
     from clinkd.data.records import TASKS
     from clinkd.data.shards import DataError
@@ -121,16 +125,6 @@ def compare(
     typer.echo(json.dumps(result, indent=1) if as_json else console.comparison(result))
 
 
-def config(
-    path: Path = typer.Argument(..., metavar="CONFIG", help="YAML file; the examples are in configs/."),
-    overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. distill.a=0.7."),
-) -> None:
-    """Print the whole resolved configuration, or every mistake in it."""
-    from clinkd.config import load_config, to_yaml
-
-    typer.echo(to_yaml(load_config(path, overrides)), nl=False)
-
-
 def run(
     path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys, e.g. run.name=mine."),
@@ -169,7 +163,10 @@ def label(
     path: Path = typer.Argument(Path("configs/tiny.yaml"), metavar="[CONFIG]", help="YAML file."),
     overrides: list[str] = typer.Argument(None, metavar="[k=v ...]", help="Dotted keys."),
 ) -> None:
-    """Ask the teacher about all training samples: pseudo-labels, confidence, cached states."""
+    """Ask the teacher about all training samples: pseudo-labels, confidence, cached states.
+
+    Example: clinkd label configs/tiny.yaml distill.cache.form=int8
+    """
     from clinkd.config import load_config
     from clinkd.stages import pipeline
 
@@ -228,7 +225,10 @@ def certify(
 def report(
     folder: Path = typer.Argument(..., metavar="RUN", help="A run's folder, as runs/tiny."),
 ) -> None:
-    """Write the report of a finished run again."""
+    """Write the report of a finished run again.
+
+    Example: clinkd report runs/tiny
+    """
     from clinkd.stages import pipeline
 
     typer.echo(f"report: {pipeline.report_again(folder)}")
@@ -281,6 +281,7 @@ def ablate(
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
+    cli_init.init,
     run,
     cli_data.prepare,
     train,
@@ -296,15 +297,23 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     cli_ops.submit,
     cli_ops.doctor,
     cli_data.validate,
-    config,
+    cli_init.config,
 )
 """Every command, in the order the help lists them; the name is the function's."""
 
+
+def _add(group: typer.Typer, command: Callable[..., None]) -> None:
+    """A command whose help is its docstring, and whose epilog the examples at its end."""
+    text, mark, example = inspect.cleandoc(command.__doc__ or "").partition(EXAMPLE)
+    shown = f"\b\n{mark}{example}" if example else None
+    group.command(command.__name__, help=text.removesuffix("\b\n").strip(), epilog=shown)(command)
+
+
 for _command in COMMANDS:
-    app.command(_command.__name__)(_command)
+    _add(app, _command)
 _data = typer.Typer(help="Look into prepared data.", no_args_is_help=True, rich_markup_mode=None)
-_data.command("show")(cli_data.show)
-app.add_typer(_data, name="data")
+_add(_data, cli_data.show)
+app.add_typer(_data, name="data", epilog="Example: clinkd data show data/own")
 
 
 def main(arguments: list[str] | None = None) -> int:

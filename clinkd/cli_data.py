@@ -79,6 +79,8 @@ def validate(
 
     Of prepared data: hashes, counts, that the split follows from the manifest, and that no image, case or
     near-duplicate is on both sides.
+
+    Example: clinkd validate data/own
     """
     from clinkd import storage
     from clinkd.data.prepare import run

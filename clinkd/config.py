@@ -60,7 +60,9 @@ class DataSection(Section):
     phantoms: int = Field(2000, ge=8, description="number of phantom images, when source is 'phantoms'")
     phantom_size: int = Field(112, ge=56, le=1024, description="pixels a side of a phantom")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are quarantined")
-    records_per_shard: int = Field(512, ge=1)
+    records_per_shard: int = Field(
+        512, ge=1, description="images, with all that is asked about them, in a file"
+    )
 
 
 class FeedSection(Section):
@@ -97,10 +99,12 @@ class FeedSection(Section):
 class RopeSection(Section):
     """Guided rotary positions (design: lambda = gap between modalities, alpha = step of the vision grid)."""
 
-    lambda_h: float = Field(2.0, gt=0)
-    lambda_w: float = Field(2.0, gt=0)
-    alpha_h: float = Field(1.0, gt=0)
-    alpha_w: float = Field(1.0, gt=0)
+    lambda_h: float = Field(
+        2.0, gt=0, description="gap between text and image on the axis of rows; 1 is M-RoPE's"
+    )
+    lambda_w: float = Field(2.0, gt=0, description="gap between text and image on the axis of columns")
+    alpha_h: float = Field(1.0, gt=0, description="step from one row of patches to the next")
+    alpha_w: float = Field(1.0, gt=0, description="step from one column of patches to the next")
     gamma: float = Field(0.0, ge=0, description="strength of the Med-CLIP guidance; 0 switches it off")
     mode: Literal["none", "pair", "patch"] = Field(
         "pair",
@@ -118,14 +122,16 @@ class GuideSection(Section):
         "BiomedCLIP; none: the guide that is trained here on (region, phrase) pairs",
     )
 
-    steps: int = Field(400, ge=1)
+    steps: int = Field(400, ge=1, description="optimiser steps of the guide that is trained here")
     batch_size: int = Field(16, ge=1, description="images per step over all workers")
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(2e-3, gt=0, description="highest learning rate of the guide")
 
 
 class EvaluateSection(Section):
-    batch_size: int = Field(64, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
+    """Answers to the test split, and their scores."""
+
+    batch_size: int = Field(64, ge=1, description="questions that a model actor answers at one time")
+    max_new_tokens: int = Field(64, ge=1, description="of an answer; it is cut there")
     limit: int | None = Field(None, ge=1, description="most test samples; none: all")
     text_metrics: bool = Field(True, description="BLEU, METEOR, ROUGE-L, CIDEr for rc and mia (needs a JRE)")
     spice_jars: str | None = Field(None, description="folder with the CoreNLP 3.6.0 jars for SPICE")
@@ -134,18 +140,30 @@ class EvaluateSection(Section):
 class ComputeSection(Section):
     """Ray, workers and DeepSpeed."""
 
-    workers: int = Field(2, ge=1)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    workers: int = Field(2, ge=1, description="processes that train, one for each GPU where there are any")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray keeps for each of them")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each of them; 0: it trains on CPUs")
     address: str | None = Field(
         None, description="Ray address; none: the cluster of the job, or one started here"
     )
     actors: int = Field(2, ge=1, description="model actors of Ray Data stages (guide, label, predict)")
-    zero_stage: int = Field(1, ge=0, le=3)
-    teacher_zero_stage: int | None = Field(None, ge=0, le=3)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: 1 shards optimiser states, 2 gradients too, 3 parameters too",
+    )
+    teacher_zero_stage: int | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="of the stage teacher, and of a teacher beside its student; none: zero_stage",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="that training computes in; bf16 on GPUs")
     deepspeed: str | None = Field(None, description="DeepSpeed JSON whose keys are laid under ours")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="keep fewer activations and compute them again: less memory, more time"
+    )
     cpu_offload: bool = Field(False, description="optimiser states in the workers' main memory")
     offload_parameters: bool = Field(
         False, description="parameters too, in the stages that train under ZeRO-3; needs cpu_offload"
@@ -229,7 +247,7 @@ class RunConfig(Section):
     teacher: TeacherSection = TeacherSection()
     rope: RopeSection = RopeSection()
     guide: GuideSection = GuideSection()
-    sft: OptimSection = Field(OptimSection(), description="supervised training of the teacher")
+    sft: OptimSection = Field(OptimSection(), description="Supervised training of the teacher.")
     distill: DistillSection = DistillSection()
     reflect: ReflectSection = ReflectSection()
     evaluate: EvaluateSection = EvaluateSection()

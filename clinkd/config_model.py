@@ -14,10 +14,10 @@ class Section(BaseModel):
 class TinySection(Section):
     """Sizes of a model made here; ignored where a path is given."""
 
-    hidden: int = Field(128, ge=32, multiple_of=16)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    mlp: int = Field(384, ge=32)
+    hidden: int = Field(128, ge=32, multiple_of=16, description="width; a multiple of 8 x heads")
+    layers: int = Field(3, ge=1, description="text layers; of a student cut out of its teacher too")
+    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    mlp: int = Field(384, ge=32, description="neurons of a layer; of a student cut out of its teacher too")
 
     @model_validator(mode="after")
     def _divisible(self) -> TinySection:
@@ -29,17 +29,17 @@ class TinySection(Section):
 class VisionSection(Section):
     """The vision tower of models made here; teacher, student and guide share its shape."""
 
-    hidden: int = Field(64, ge=16, multiple_of=16)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(2, ge=1)
-    patch: int = Field(8, ge=4)
-    image_size: int = Field(112, ge=28)
+    hidden: int = Field(64, ge=16, multiple_of=16, description="width")
+    layers: int = Field(3, ge=1, description="blocks")
+    heads: int = Field(2, ge=1, description="attention heads of a block")
+    patch: int = Field(8, ge=4, description="pixels a side of a patch")
+    image_size: int = Field(112, ge=28, description="pixels a side that images are resized to")
 
 
 class LoraSection(Section):
     """Adapters in the text layers (LoRA), in the place of training these layers' own weights."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="columns of an adapter's two matrices")
     alpha: float = Field(32.0, gt=0, description="an adapter's product is added times alpha / rank")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="of an adapter's input; above 0, a resumed run draws anew"
@@ -75,7 +75,9 @@ class ModelSection(Section):
     train_vision: bool = Field(
         False, description="train the student's vision tower too (the paper freezes it)"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the weights as models are loaded; bfloat16 halves them"
+    )
     lora: LoraSection | None = Field(
         None, description="the student's text layers train by adapters; none: by all their weights"
     )
@@ -104,11 +106,17 @@ class ModelSection(Section):
         return self
 
 
+class TeacherTinySection(TinySection):
+    """Sizes of a teacher made here; of its own, so that naming one of them leaves the others as they are."""
+
+    layers: int = Field(4, ge=1, description="text layers")
+
+
 class TeacherSection(Section):
     """The teacher: a checkpoint by path, or a model trained here."""
 
     path: str | None = Field(
         None, description="folder of the teacher's checkpoint; none: the stage teacher trains one"
     )
-    tiny: TinySection = TinySection(layers=4)
-    train_vision: bool = True
+    tiny: TeacherTinySection = TeacherTinySection()
+    train_vision: bool = Field(True, description="train the teacher's vision tower, where it is trained here")

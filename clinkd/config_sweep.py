@@ -14,11 +14,13 @@ METRICS = ("score", "vg", "roc", "rc", "mia", "likelihood")
 class ParameterSpace(Section):
     """One dimension of a sweep."""
 
-    kind: Literal["uniform", "loguniform", "quniform", "choice", "int"]
-    low: float | None = None
-    high: float | None = None
+    kind: Literal["uniform", "loguniform", "quniform", "choice", "int"] = Field(
+        description="how values are drawn: evenly, in the logarithm, in steps, from a list, or integers"
+    )
+    low: float | None = Field(None, description="smallest value, of all but choice")
+    high: float | None = Field(None, description="largest value, of all but choice")
     step: float | None = Field(None, gt=0, description="of quniform, and of int where it is not 1")
-    values: list[Any] | None = None
+    values: list[Any] | None = Field(None, description="of choice: the values to choose from")
     when: dict[str, Any] = Field(
         {}, description="keys that stand before this one, each with the value (or list of values) for which "
         "this dimension is there; else its key stays as the configuration has it"
@@ -41,7 +43,7 @@ class ParameterSpace(Section):
 class SweepSection(Section):
     """Ray Tune with Optuna over any keys of this configuration."""
 
-    trials: int = Field(4, ge=1)
+    trials: int = Field(4, ge=1, description="students to train; those that a scheduler ends early count")
     metric: str | list[str] = Field(
         "score", description="what to maximise on the validation split: vg (Recall@0.5), roc (recall), rc "
         "and mia (ROUGE-L), score (mean of vg and roc), likelihood (of a true answer's token: quick, "

@@ -13,17 +13,17 @@ class OptimSection(Section):
     """Optimiser and length of one training stage."""
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; none: from epochs")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training samples, where steps is none")
     batch_size: int = Field(8, ge=1, description="micro-batch of samples per worker")
-    accumulation: int = Field(1, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    accumulation: int = Field(1, ge=1, description="micro-batches that make one optimiser step")
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
     vision_lr: float = Field(1.0, gt=0, description="learning rate of the vision tower as a multiple of lr")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after warm-up; wsd: constant, then linear to 2% over the last fifth"
     )
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
     coordinate_weight: float = Field(
         1.0,
         ge=1,
@@ -52,8 +52,15 @@ class DistillSection(Section):
     """Distillation from the teacher, before the full data."""
 
     a: float = Field(0.5, ge=0, description="weight of the divergence: (a*KD + CE) / (1 + a)")
-    temperature: float = Field(0.5, gt=0)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(
+        0.5,
+        gt=0,
+        description="that both distributions are softened at, inside the divergence (0.5 as released)",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="of teacher p and student q: KL(p||q), KL(q||p), or their generalised Jensen-Shannon",
+    )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="of jsd: beta KL(p||m) + (1-beta) KL(q||m)")
     scale_t2: bool = Field(False, description="multiply the divergence by temperature squared")
     cache: CacheSection = CacheSection()
@@ -71,7 +78,7 @@ class DistillSection(Section):
     label_temperature: float = Field(0.7, gt=0, description="that the sampled ones are drawn at")
     max_label_tokens: int = Field(64, ge=1, description="an answer that has not ended by then is refused")
     start_quantile: float = Field(0.5, ge=0, le=1, description="margin quantile admitted first (curriculum)")
-    end_quantile: float = Field(0.0, ge=0, le=1)
+    end_quantile: float = Field(0.0, ge=0, le=1, description="margin quantile admitted at the end")
     teacher: Literal["cache", "online"] = Field(
         "cache",
         description="where the teacher's states come from: what label kept of them, or the teacher itself, "
@@ -116,11 +123,15 @@ class ReflectSection(Section):
     samples: int = Field(512, ge=1, description="training samples the student answers in a round")
     candidates: int = Field(4, ge=1, description="corrections the corrector samples for each miss")
     budget: int = Field(256, ge=1, description="most misses corrected in a round, the worst first")
-    temperature: float = Field(0.7, gt=0)
+    temperature: float = Field(0.7, gt=0, description="at which the corrector samples its candidates")
     weight: float = Field(0.5, ge=0, le=1, description="w of w*similarity + (1-w)*IoU")
-    floor: float = Field(0.6, ge=0, le=1)
-    iou_threshold: float = Field(0.5, gt=0, lt=1)
-    similarity_threshold: float = Field(0.85, ge=0, le=1)
+    floor: float = Field(
+        0.6, ge=0, le=1, description="score under which no candidate is learned from; the truth is then"
+    )
+    iou_threshold: float = Field(0.5, gt=0, lt=1, description="IoU under which a box is a miss")
+    similarity_threshold: float = Field(
+        0.85, ge=0, le=1, description="likeness to the truth under which a text is a miss"
+    )
     similarity: str = Field(
         "auto", description="'minilm', 'rouge', 'auto', or the folder of a sentence encoder"
     )

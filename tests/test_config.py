@@ -115,3 +115,8 @@ def test_the_students_own_answers_need_a_teacher_that_is_there(tmp_path: Path) -
 def test_what_cannot_go_together_in_reflection_is_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(write(tmp_path, text))
+
+
+def test_naming_one_size_of_the_teacher_leaves_the_others(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "teacher: {tiny: {hidden: 64}}\n"))
+    assert (config.teacher.tiny.hidden, config.teacher.tiny.layers) == (64, RunConfig().teacher.tiny.layers)

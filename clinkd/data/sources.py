@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.shards import MANIFEST, DataError, row_count, shard_paths
 from clinkd.data.validate import RowError
 
-QA_SUFFIXES = (".json", ".jsonl", ".ndjson")
+FORMATS: dict[str, Callable[[Path], Iterator[medgrit.Entry]]] = {
+    suffix: medgrit.read for suffix in (".json", ".jsonl", ".ndjson")
+}
+"""Readers of question/answer files by their names' ends; what they yield is checked alike (``readers``)."""
 _BUFFERED = 20_000  # light rows held before they go to their parts' files
 
 
@@ -85,10 +89,8 @@ def _find(path: Path, images: Path | None) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return Source("parquet", files=(path,))
-        if path.suffix.lower() not in QA_SUFFIXES:
-            raise DataError(
-                f"{path} is not {', '.join(QA_SUFFIXES)}: give a question/answer file or a folder"
-            )
+        if path.suffix.lower() not in FORMATS:
+            raise DataError(f"{path} is not {', '.join(FORMATS)}: give a question/answer file or a folder")
         return Source("medgrit", _images_beside(path.parent, images), (path,))
     if (path / MANIFEST).is_file():
         return Source("parquet", files=tuple(shard_paths(path)))
@@ -97,12 +99,12 @@ def _find(path: Path, images: Path | None) -> Source:
     files = tuple(
         path / name
         for name in storage.names(path)
-        if name.lower().endswith(QA_SUFFIXES) and not name.startswith(("SAMed2D_v1", "."))
+        if name.lower().endswith(tuple(FORMATS)) and not name.startswith(("SAMed2D_v1", "."))
     )
     if not files:
         raise DataError(
             f"{path} holds neither images/ with masks/ nor a question/answer file: give a folder with both, "
-            f"or with {', '.join(QA_SUFFIXES)} beside images/"
+            f"or with {', '.join(FORMATS)} beside images/"
         )
     return Source("medgrit", _images_beside(path, images), files)
 
@@ -202,7 +204,7 @@ def _short(text: str) -> bytes:
 def _route_entries(source: Source, spill: _Spill, driver: parts.Tally) -> int:
     """Sends entries to parts by image; returns the number of pairs in the source."""
     total = 0
-    for entry in (entry for file in source.files for entry in medgrit.read(file)):
+    for entry in (entry for file in source.files for entry in FORMATS[file.suffix.lower()](file)):
         total += entry.rows
         if not entry.reason:
             spill.add(readers.spelling(entry.image, source.root), asdict(entry))

@@ -3,9 +3,9 @@
 Decisions:
 - The caller selects the answer tokens; the heads are applied to them alone, chunk by chunk, in float32
   (float64 if the hidden states are), also under autocast. What is alive at once is a few [chunk, V] buffers.
-- The forward pass already works out the gradient, by the written-out formulas below: nothing is recomputed in
-  the backward pass, and a head sharded by ZeRO is needed once per step, in the forward pass. Each formula is
-  held against an independent float64 oracle by certificate.py.
+- The forward pass already works out the gradient, by written-out formulas (divergences.py): nothing is
+  recomputed in the backward pass, and a head sharded by ZeRO is needed once per step, in the forward pass.
+  Each formula is held against an independent float64 oracle by certificate.py.
 - The head's gradient is summed over chunks in float32 and rounded to the parameter's type once.
 - Sums are divided by `normalizer`: the answer tokens of all ranks and accumulation steps, else this call's N.
   A rank with nothing to say gets a zero that still has a gradient (of zeros), so collectives stay in step.
@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+from clinkd.distill.divergences import DIVERGENCES
+
 # (student logits [n, V], rows) -> (sum of KD over the rows, its gradient by logits[:, :C] as [n, C])
 Pull = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
@@ -49,7 +50,7 @@ def distill_loss(
     *,
     a: float,
     temperature: float,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     chunk_size: int = CHUNK_SIZE,
     normalizer: Tensor | float | None = None,
     scale_t2: bool = False,
@@ -99,7 +100,7 @@ def distill_loss_logits(
     *,
     a: float,
     temperature: float,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     chunk_size: int = CHUNK_SIZE,
     normalizer: Tensor | float | None = None,
     scale_t2: bool = False,
@@ -129,7 +130,7 @@ def distill_loss_topk(
     vocabulary: int,
     a: float,
     temperature: float,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     chunk_size: int = CHUNK_SIZE,
     normalizer: Tensor | float | None = None,
     scale_t2: bool = False,
@@ -252,14 +253,14 @@ def check_inputs(
 class _Divergence:
     """Divergence of p (teacher) and q (student): value, and slope by the logits that q is the softmax of."""
 
-    kind: Divergence
+    kind: str
     temperature: float
     scale_t2: bool
     beta: float
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Divergence):
-            known = ", ".join(get_args(Divergence))
+        if self.kind not in DIVERGENCES:
+            known = ", ".join(DIVERGENCES)
             raise ValueError(f"distillation loss: divergence must be one of {known}, not {self.kind!r}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"distillation loss: temperature must be above 0, not {self.temperature}")
@@ -268,28 +269,10 @@ class _Divergence:
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [n, C], used up -> (sum over rows, slope [n, C])."""
-        if self.kind == "forward_kl":
-            p = log_p.exp()
-            value = log_p.sub_(log_q).mul_(p).sum()
-            slope = log_q.exp_().sub_(p)
-        elif self.kind == "reverse_kl":
-            slope, rows = self._toward(log_q.exp(), log_q.sub_(log_p))
-            value = rows.sum()
-        else:
-            log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
-            value = (log_p.exp() * log_p.sub(log_m)).sum() * self.beta
-            # The slopes of log m cancel: m is the mixture itself.
-            slope, rows = self._toward(log_q.exp(), log_q.sub_(log_m).mul_(1 - self.beta))
-            value = value + rows.sum()
+        value, slope = DIVERGENCES[self.kind](log_p, log_q, self.beta)
         if self.scale_t2:
             value, slope = value * self.temperature**2, slope.mul_(self.temperature**2)
         return value, slope
-
-    @staticmethod
-    def _toward(q: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope q * (gap - E_q[gap]) of E_q[gap], and that expectation [n, 1]."""
-        rows = (q * gap).sum(1, keepdim=True)
-        return gap.sub_(rows).mul_(q), rows
 
 
 def _loss(

@@ -11,7 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -23,6 +23,12 @@ from clinkd.evaluate.protocol import EPSILON, Row, Scored, numbers, predicted_sp
 
 THRESHOLDS = (0.25, 0.5, 0.75)
 Honest = dict[str, Ratio]
+RATES: dict[str, Callable[[str, str], bool | None]] = {
+    "laterality_errors": laterality_error,
+    "negation_errors": negation_error,
+}
+"""Faults that words tell, of every task: (annotation, response) -> whether it is there, None where it could
+not be. Each becomes a rate with its interval in eval.json, in the report and in `clinkd compare`."""
 
 
 def boxes(spans: Sequence[str]) -> np.ndarray:
@@ -131,7 +137,7 @@ def _published(sums: Resampled) -> Ratio:
 
 
 def _language(sums: Resampled) -> Honest:
-    return {f"{kind}_errors": sums.pooled(kind, f"{kind}_of") for kind in ("laterality", "negation")}
+    return {name: sums.pooled(name, f"{name}_of") for name in RATES}
 
 
 def _resample(scored: Scored, columns: dict[str, list[float]], draws: int, seed: int) -> Resampled:
@@ -141,9 +147,9 @@ def _resample(scored: Scored, columns: dict[str, list[float]], draws: int, seed:
         "hits": [hits for hits, _ in scored.counts],
         "of": [total for _, total in scored.counts],
         "one": [1.0] * len(rows),
-        **_column_pair("laterality", [laterality_error(row.annotation, row.response) for row in rows]),
-        **_column_pair("negation", [negation_error(row.annotation, row.response) for row in rows]),
     }
+    for name, fault in RATES.items():
+        every |= _column_pair(name, [fault(row.annotation, row.response) for row in rows])
     return resample(every, [row.image for row in rows], [row.modality for row in rows], draws, seed)
 
 

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from clinkd.model.patches import as_product
 from clinkd.model.prefix import LastLayer, alike, hidden_by_prefix, prefix_lengths
 from clinkd.model.rope import RopeGuidance, guided_rope_index
 from clinkd.model.rows import hidden_by_groups, length_groups
@@ -63,17 +63,6 @@ def guidance_of(config: Any) -> RopeGuidance:
     return RopeGuidance(**(getattr(config, "rope_guidance", None) or {}))
 
 
-class PatchProjection(nn.Conv3d):
-    """A convolution whose kernel is as large as each of its inputs: one matrix product, several times faster.
-
-    Weights are the convolution's own, in name and shape.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, T, P, P] to [N, H, 1, 1, 1]."""
-        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
-
-
 class GuidedTrunk(_Trunk):
     """Before a family's trunk: positions follow ``config.rope_guidance``, frequencies stay float32."""
 
@@ -83,12 +72,7 @@ class GuidedTrunk(_Trunk):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         embed = self.visual.patch_embed
-        given = embed.proj
-        embed.proj = nn.utils.skip_init(  # draws no random numbers
-            PatchProjection, given.in_channels, given.out_channels, given.kernel_size, stride=given.stride,
-            bias=given.bias is not None, device=given.weight.device, dtype=given.weight.dtype,
-        )  # fmt: skip
-        embed.proj.load_state_dict(given.state_dict(), assign=True)
+        embed.proj = as_product(embed.proj)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``to``, ``bfloat16`` and ``half`` go through: frequencies move, and keep their type."""

@@ -48,6 +48,7 @@ def source_of(config: RunConfig, role: str) -> Source:
         ConfigError: a folder that is not here and is not named after a released checkpoint.
     """
     model = config.model
+    tiny: TinySection
     if role == "teacher":
         key, path, tiny = "teacher.path", config.teacher.path, config.teacher.tiny
     else:

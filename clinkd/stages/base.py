@@ -104,14 +104,19 @@ class Run:
         settings: dict[str, Any],
         make: Callable[[Draft], dict[str, Any]],
         version: int = 1,
+        ray: bool = True,
     ) -> Artifact:
-        """Finds the stage's artifact or makes it; ``make`` writes into the draft and returns counts."""
+        """Finds the stage's artifact or makes it; ``make`` writes into the draft and returns counts.
+
+        ``ray``: False for a stage that works in this process alone, so that Ray need not start for it.
+        """
         read = {other: self.done[other].fingerprint for other in inputs}
         mark = fingerprint(name, read, settings, version)
         artifact = self.store.find(name, mark)
         skipped = artifact is not None
         if artifact is None:
-            self.connect()
+            if ray:
+                self.connect()
             with self.store.build(name, mark, read, settings) as draft:
                 artifact = draft.artifact or draft.commit(make(draft))
         else:
