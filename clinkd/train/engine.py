@@ -13,13 +13,15 @@ Decisions:
 - On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
   behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
   which goes with its process: whoever holds it takes a left file away. The folder is one per environment:
-  two environments that share one would each compile what the other had just made, every time.
+  two environments that share one would each compile what the other had just made, every time. What was
+  compiled whole is taken from there without asking the compiler.
 - The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from clinkd.config import ComputeSection, ConfigError, OptimSection, merge
 WHOLE_BUCKET = 500_000_000  # DeepSpeed's default, elements
 LEAST_BUCKET = 1 << 20
 CPU_BUCKET = 1 << 23
+COLLECTIVES = "deepspeed_shm_comm"  # the name of DeepSpeed's extension
 
 
 def deepspeed_config(
@@ -157,14 +160,17 @@ def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
     return [{"params": group, "lr": rate} for group, rate in rates if group]
 
 
-def extension_folder() -> Path:
-    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` goes before."""
+def _environment() -> str:
     import torch
 
+    return f"{sys.prefix} {sys.version} {torch.__version__} {version('deepspeed')}"
+
+
+def extension_folder() -> Path:
+    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` goes before."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    environment = f"{sys.prefix} {sys.version} {torch.__version__} {version('deepspeed')}"
-    ours = base / "torch_extensions" / f"clinkd-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
-    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ours))) / "deepspeed_shm_comm"
+    ours = base / "torch_extensions" / f"clinkd-{hashlib.sha256(_environment().encode()).hexdigest()[:12]}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ours))) / COLLECTIVES
 
 
 def load_collectives() -> None:
@@ -178,7 +184,28 @@ def load_collectives() -> None:
     with (folder / "clinkd.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
+        built = folder / "clinkd.built"
+        if built.is_file() and built.read_text() == _environment():
+            _take_built(folder / f"{COLLECTIVES}.so")
         build_shm_op()
+        built.write_text(_environment())
+
+
+def _take_built(library: Path) -> None:
+    """Hands DeepSpeed what lies there: its own way asks the compiler again in every process, which a flag
+    that differs lets write over the file that another process has loaded.
+    """
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    loaded = ShareMemCommBuilder._loaded_ops
+    if COLLECTIVES in loaded or not library.is_file():
+        return
+    spec = importlib.util.spec_from_file_location(COLLECTIVES, library)
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loaded[COLLECTIVES] = module
 
 
 def import_engine(compute: ComputeSection) -> Any:

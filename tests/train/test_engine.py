@@ -136,6 +136,21 @@ def test_a_lock_file_that_a_killed_process_left_holds_nobody_up() -> None:
     assert "deepspeed_shm_comm.so" in done.stdout  # compiled there, and nowhere else
 
 
+@pytest.mark.slow
+def test_what_was_compiled_is_taken_as_it_is_and_works() -> None:
+    program = (
+        "import os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
+        "from clinkd.train.engine import extension_folder, load_collectives\n"
+        "from deepspeed.ops.op_builder import ShareMemCommBuilder\n"
+        "load_collectives(); found = ShareMemCommBuilder._loaded_ops['deepspeed_shm_comm']\n"
+        "print('compiler' if 'torch.utils.cpp_extension' in sys.modules else 'taken', dir(found))\n"
+    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)  # compiles where nothing is there
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "taken [" in done.stdout and "initialize" in done.stdout, done.stderr
+
+
 def test_each_environment_compiles_in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # undone to what it was, whatever is set below
