@@ -5,8 +5,8 @@
 Decisions:
 - Names come from clinkd/metrics.py, so that a metric which is renamed there takes its panels along.
 - Panels are built by Grafana's own SDK (grafana-foundation-sdk, generated from Grafana's schemas): a field
-  that Grafana does not know is an error here. Its versions on PyPI carry an epoch, by which pip takes the build
-  for Grafana 10.1 for the newest; the pin in pyproject.toml names the one for Grafana 11.6.
+  that Grafana does not know is an error here. Its versions on PyPI carry an epoch, by which pip takes the
+  build for Grafana 10.1 for the newest; the pin in pyproject.toml names the one for Grafana 11.6.
 - What is made is committed: a cluster needs no Python to apply it, and a test makes it again and compares.
 - The rules keep their text, comments and all: the manifest is rules.yaml, indented under a head.
 """

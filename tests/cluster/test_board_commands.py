@@ -67,6 +67,7 @@ def page(url: str, method: str = "GET") -> tuple[int, str]:
 
 
 @needs_tools
+@pytest.mark.slow
 def test_optuna_dashboard_waits_for_the_study_shows_it_and_cannot_delete_it(tmp_path: Path) -> None:
     import optuna
 
