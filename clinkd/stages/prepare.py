@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clinkd import storage
+from clinkd import metrics, storage
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import DataSection
 from clinkd.stages.base import Run, content_digest
@@ -40,6 +40,10 @@ def prepare(run: Run) -> Artifact:
         kept = ("records_in", "records_out", "quarantined", "duplicates", "images", "by_split")
         counts = {key: manifest[key] for key in kept}
         run.progress.finish(records=manifest["records_out"], quarantined=manifest["quarantined"])
+        name = run.config.run.name
+        metrics.DATA_READ.set(manifest["records_in"], run=name)
+        metrics.DATA_QUARANTINED.set(manifest["quarantined"], run=name)
+        metrics.DATA_DUPLICATE.set(manifest["duplicates"], run=name)
         return counts
 
     return run.stage("prepare", [], settings, make, version=2)

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clinkd import metrics
 from clinkd.artifacts import Artifact, Draft
 from clinkd.stages.asking import Desks
 from clinkd.stages.base import Run, content_digest, write_whole
@@ -100,6 +101,7 @@ class _Stage:
         for number in range(1, options.rounds + 1):
             rounds.append(self._round(number, model, was_right))
             errors.append(rounds[-1]["validation"]["error_rate"])
+            self._publish(number, rounds[-1])
             model, was_right = self._folder(number) / "model", self._was_right(number)
             if number < options.rounds and finished(errors, options.patience):
                 self.run.progress.say(f"reflect: round {number} was the last, no gain on validation")
@@ -151,6 +153,13 @@ class _Stage:
         write_whole(account, json.dumps(facts, indent=1))
         self.run.progress.record(stage="reflect", round=number, event="round", **_in_short(facts))
         return facts
+
+    def _publish(self, number: int, facts: dict[str, Any]) -> None:
+        names = {"run": self.run.config.run.name, "round": str(number)}
+        metrics.REFLECT_ANSWERED.set(facts["before"]["answered"], **names)
+        metrics.REFLECT_WRONG.set(facts["before"]["wrong"], **names)
+        if (error := facts["validation"]["error_rate"]) is not None:
+            metrics.REFLECT_ERROR.set(error, **names)
 
     def _judged(self, answered: list[dict[str, Any]]) -> list[Verdict]:
         from clinkd.reflect.rounds import judged

@@ -224,6 +224,7 @@ def train(
         stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
         steps=began.steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
         work=str(draft.work.resolve()), until=until, dealt=began.workers, watch=run.config.watch,
+        run=run.config.run.name,
         store=store_of(run, draft, stage),
         rows=fingerprint("rows", {"prepare": run.done["prepare"].fingerprint}, {"records": chosen}),
     )  # fmt: skip
@@ -267,7 +268,7 @@ def train_streamed(
         stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
         compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed, steps=began.steps,
         out=str(draft.path.resolve()), work=str(draft.work.resolve()), dealt=began.workers,
-        watch=run.config.watch, store=store_of(run, draft, stage),
+        watch=run.config.watch, store=store_of(run, draft, stage), run=run.config.run.name,
     )  # fmt: skip
     return _fit(run, job, None, len(source.lengths.ids))
 

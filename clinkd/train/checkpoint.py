@@ -16,12 +16,13 @@ import errno
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clinkd import storage
+from clinkd import metrics, storage
 from clinkd.data.shards import DataError
 
 KEPT = 2
@@ -78,6 +79,7 @@ class Checkpoints:
             ) from error
 
     def _save(self, step: int, write: Callable[[Path], None]) -> int:
+        begun = time.time()
         target = self.folder / step_name(step)
         unfinished = target.with_suffix(".unfinished")
         if self.rank == 0:
@@ -107,7 +109,12 @@ class Checkpoints:
                 if old not in kept and old.suffix not in (".damaged", ".sending"):
                     shutil.rmtree(old, ignore_errors=True)
         self.barrier()  # no rank is killed for being done while the name is not there yet
-        return sum(size for size, _ in found.values())
+        size = sum(size for size, _ in found.values())
+        if self.rank == 0:
+            metrics.CHECKPOINT_SAVED.set(time.time())
+            metrics.CHECKPOINT_SECONDS.set(time.time() - begun)
+            metrics.CHECKPOINT_SIZE.set(size)
+        return size
 
     def adopt(self, source: Path) -> None:
         """Takes over another job's checkpoint, a folder ``step-*``, where it is not there yet."""

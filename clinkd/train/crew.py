@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clinkd import cluster
+from clinkd import cluster, metrics
 from clinkd.config import ComputeSection
 from clinkd.data.shards import DataError
 from clinkd.train.loop import TrainJob, run_job
@@ -191,9 +191,13 @@ class Crew:
             DataError: a worker met a record that cannot be fed.
             ray.train.TrainingFailedError: workers failed more often than ``compute.max_failures`` allows.
         """
+        job.stop.unlink(missing_ok=True)
+        with _announced(job):
+            self._fit(job, rows)
+
+    def _fit(self, job: TrainJob, rows: Any) -> None:
         import ray
 
-        job.stop.unlink(missing_ok=True)
         if self._thread is None:
             self._start()
         number = ray.get(self._mailbox.post.remote([ray.put((job, rows))]))
@@ -263,6 +267,18 @@ class Crew:
 
     def _forget(self) -> None:
         self._mailbox = self._feeder = self._thread = None
+
+
+@contextlib.contextmanager
+def _announced(job: TrainJob) -> Iterator[None]:
+    """Tells the metrics that a job is under way; the workers that it waits for may be dead."""
+    names = {"run": job.run, "stage": job.stage, "zero_stage": str(job.zero_stage)}
+    metrics.TRAIN_BEGUN.set(time.time(), **names)
+    metrics.TRAIN_ACTIVE.set(1, **names)
+    try:
+        yield
+    finally:
+        metrics.TRAIN_ACTIVE.set(0, **names)
 
 
 def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> Any:

@@ -16,11 +16,13 @@ import json
 import math
 import shutil
 import statistics
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clinkd import metrics
 from clinkd.config import WatchSection
 from clinkd.data.shards import DataError
 
@@ -69,10 +71,15 @@ class Guard:
             self._not_finite(step, applied)
             return
         self._left_out = 0
+        if self.events is not None:  # rank 0's, for all
+            metrics.TRAIN_FINITE.set(time.time())
         self._look_at_loss(step, loss)
 
     def _not_finite(self, step: int, applied: bool) -> None:
         self._left_out += 1
+        if self.events is not None:
+            metrics.TRAIN_NONFINITE.add(1)
+            metrics.TRAIN_NONFINITE_AT.set(time.time())
         what = f"step {step}: the loss or its gradients are not finite"
         if self.options.nonfinite == "stop" or self._left_out > self.options.patience:
             raise DataError(

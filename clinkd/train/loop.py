@@ -85,6 +85,7 @@ class TrainJob:
     dealt: int = 0  # workers that the batches are dealt for; 0: those there are
     store: str | None = None  # where copies of the checkpoints go
     watch: WatchSection = field(default_factory=WatchSection)
+    run: str = ""  # names the run in what it tells of itself
 
     @property
     def end(self) -> int:
@@ -108,11 +109,13 @@ def run_job(job: TrainJob, rows: Any) -> None:
     import ray.train
     import torch
 
+    from clinkd import metrics
     from clinkd.train.engine import set_seeds
 
     torch.set_num_threads(max(1, int(job.compute.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    metrics.about(run=job.run, stage=job.stage, rank=str(rank))
     set_seeds(job.seed)
     with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
         task = job.make_task(rows, Path(scratch))
@@ -332,10 +335,11 @@ class Worker:
 
     def _log(self, sums: dict[str, float], totals: Totals, seconds: float, rate: float) -> None:
         """A line of the metrics; ``seconds`` of this step, ``rate`` in samples a second since the start."""
+        from clinkd.train.meter import gradient_norm, peak_memory_gib, publish, speed
+
+        publish(self.step, self.job.steps, sums["loss"], totals, seconds, self.engine.device, self.rank)
         if self.rank:
             return
-        from clinkd.train.meter import gradient_norm, peak_memory_gib, speed
-
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
         means = {key: value / max(totals.tokens, 1.0) for key, value in sums.items()}
         line |= {key: round(value, 6) for key, value in means.items() if math.isfinite(value)}

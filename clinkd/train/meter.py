@@ -11,16 +11,21 @@ Decisions:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from clinkd import metrics
 from clinkd.model.guided import GuidedModel
 from clinkd.train.flops import Work, flops, image_pairs
+
+if TYPE_CHECKING:
+    from clinkd.train.loop import Totals
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,23 @@ def speed(seconds: float, input_tokens: int, operations: float) -> dict[str, flo
     if operations:
         found["tflops_per_s"] = _short(operations / seconds / 1e12)
     return found
+
+
+def publish(
+    step: int, total: int, loss: float, totals: Totals, seconds: float, device: torch.device, rank: int
+) -> None:
+    """A step for Ray's metrics: rank 0 tells of all ranks, each rank of its GPU; ``loss``: the sum."""
+    if device.type == "cuda":
+        metrics.TRAIN_GPU.set(torch.cuda.memory_allocated(device))
+    if rank:
+        return
+    metrics.TRAIN_STEP.set(step)
+    metrics.TRAIN_TOTAL.set(total)
+    metrics.TRAIN_SECONDS.set(seconds)
+    metrics.TRAIN_SAMPLES.add(totals.samples)
+    metrics.TRAIN_TOKENS.add(totals.input_tokens)
+    if math.isfinite(loss):
+        metrics.TRAIN_LOSS.set(loss / max(totals.tokens, 1.0))
 
 
 def _short(value: float) -> float:

@@ -17,12 +17,13 @@ import json
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clinkd import storage
+from clinkd import metrics, storage
 from clinkd.train.checkpoint import KEPT, MANIFEST, damage
 
 NEWEST, ATTEMPT = "newest.json", "attempt.json"
@@ -41,6 +42,7 @@ class Offsite:
         self.place, self.folder, self.warn = storage.locate(where), folder, warn
         self.mark = uuid.uuid4().hex[:8]
         self._wanted: Path | None = None
+        self._sent = 0.0  # when; unix seconds
         self._fenced = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -48,6 +50,7 @@ class Offsite:
 
     def begin(self) -> None:
         """Fetches the newest copy where there is no checkpoint here, and makes this the job's attempt."""
+        metrics.CHECKPOINT_COPIED.set(time.time())  # there is nothing yet that is not copied
         with self._warning("cannot be read"):
             if not any(path.is_dir() and not path.suffix for path in self.folder.glob("step-*")):
                 self._fetch()
@@ -64,7 +67,8 @@ class Offsite:
         with self._changed:
             if self._wanted is not None and self._wanted != linked:
                 shutil.rmtree(self._wanted, ignore_errors=True)
-            self._wanted = linked
+            self._wanted, self._sent = linked, time.time()
+            metrics.CHECKPOINT_SENT.set(self._sent)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="offsite", daemon=True)
                 self._thread.start()
@@ -85,15 +89,16 @@ class Offsite:
             with self._changed:
                 self._changed.wait_for(lambda: self._wanted is not None)
                 linked, self._wanted, self._busy = self._wanted, None, True
+                sent = self._sent
             assert linked is not None
             with self._warning("cannot be written"):
-                self._copy(linked)
+                self._copy(linked, sent)
             shutil.rmtree(linked, ignore_errors=True)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _copy(self, linked: Path) -> None:
+    def _copy(self, linked: Path, sent: float) -> None:
         if self._read(ATTEMPT).get("attempt", self.mark) != self.mark:
             self._fenced = True
             self.warn(f"{self.place}: another attempt of this job writes there; this one stops copying")
@@ -107,6 +112,7 @@ class Offsite:
         before = [other for other in self._read(NEWEST).get("steps", []) if other != name]
         steps = [*before, name]
         storage.write_whole(self.place / NEWEST, json.dumps({"steps": steps[-KEPT:]}))
+        metrics.CHECKPOINT_COPIED.set(sent)
         for old in steps[:-KEPT]:
             storage.remove(self.place / old)
 

@@ -17,12 +17,13 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clinkd import cluster
+from clinkd import cluster, metrics
 from clinkd.config import ConfigError, RunConfig
 from clinkd.report.sweep import build_sweep
 from clinkd.stages import pipeline, training
@@ -196,7 +197,9 @@ def _count_trials(run: Run, asker: Asker) -> Iterator[None]:
     def look() -> None:
         shown = sum(trial.state.is_finished() for trial in own_trials(study))
         while not stopped.wait(1.0):
-            ended = [trial for trial in own_trials(study) if trial.state.is_finished()]
+            trials = own_trials(study)
+            ended = [trial for trial in trials if trial.state.is_finished()]
+            _publish(trials, ended, asker)
             if len(ended) > shown:
                 shown = len(ended)
                 run.progress.say(f"sweep: {shown} of {asker.wanted} trials ended{_best(ended, run.config)}")
@@ -212,9 +215,23 @@ def _count_trials(run: Run, asker: Asker) -> Iterator[None]:
 
 
 def _best(ended: list[Any], config: RunConfig) -> str:
+    tops = [f"{name} {value:.4g}" for name, value in _tops(ended, config).items()]
+    return f", best {', '.join(tops)}" if tops else ""
+
+
+def _tops(ended: list[Any], config: RunConfig) -> dict[str, float]:
+    """Best value of each metric; empty where no trial has one."""
     values = [trial.values for trial in ended if trial.values]
-    if not values:
-        return ""
-    names = config.sweep.metrics
-    tops = [f"{name} {max(row[at] for row in values):.4g}" for at, name in enumerate(names)]
-    return f", best {', '.join(tops)}"
+    names = config.sweep.metrics if values else []
+    return {name: max(row[at] for row in values) for at, name in enumerate(names)}
+
+
+def _publish(trials: list[Any], ended: list[Any], asker: Asker) -> None:
+    from optuna.trial import TrialState
+
+    name, states = asker.config.run.name, Counter(trial.state for trial in trials)
+    for state in TrialState:
+        metrics.SWEEP_TRIALS.set(states[state], run=name, state=state.name.lower())
+    metrics.SWEEP_WANTED.set(asker.wanted, run=name)
+    for metric, value in _tops(ended, asker.config).items():
+        metrics.SWEEP_BEST.set(value, run=name, metric=metric)

@@ -12,9 +12,10 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+import policy_dashboards
 import policy_network
 import policy_scheduling
-from rendered import Docs, containers, kind, pods, quantity
+from rendered import Docs, all_pods, containers, kind, pods, quantity
 
 RAY_VERSION = "2.60.0"
 SECRET_NAMES = re.compile(r"(SECRET|TOKEN|PASSW|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY)", re.IGNORECASE)
@@ -49,7 +50,7 @@ def pod_restricted(docs: Docs) -> list[str]:
     want = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 100, "fsGroup": 100,
             "seccompProfile": {"type": "RuntimeDefault"}}  # fmt: skip
     found = []
-    for pod in pods(docs):
+    for pod in all_pods(docs):
         context = pod.spec.get("securityContext", {})
         found += [
             f"{pod.where}: {key} is {context.get(key)}" for key in want if context.get(key) != want[key]
@@ -114,7 +115,7 @@ def api_tokens(docs: Docs) -> list[str]:
     job = kind(docs, "RayJob")[0]["spec"]["rayClusterSpec"]
     accounts = {doc["metadata"]["name"]: doc for doc in kind(docs, "ServiceAccount")}
     found = []
-    for pod in pods(docs):
+    for pod in all_pods(docs):
         name, needed = (
             pod.spec.get("serviceAccountName"),
             pod.role == "head" and bool(job.get("enableInTreeAutoscaling")),
@@ -134,11 +135,13 @@ def workload_identity(docs: Docs) -> list[str]:
         "iam.gke.io/gcp-service-account",
         "azure.workload.identity/client-id",
     )
-    return [
-        f"account {doc['metadata']['name']}: no identity for object storage"
-        for doc in kind(docs, "ServiceAccount")
-        if not set(known) & set(doc["metadata"].get("annotations", {}))
-    ]
+    runs = {pod.spec.get("serviceAccountName") for pod in pods(docs)}
+    found = []
+    for doc in kind(docs, "ServiceAccount"):
+        has = bool(set(known) & set(doc["metadata"].get("annotations", {})))
+        if has is not (doc["metadata"]["name"] in runs):
+            found.append(f"account {doc['metadata']['name']}: {'an' if has else 'no'} identity for storage")
+    return found
 
 
 def secrets_by_reference(docs: Docs) -> list[str]:
@@ -230,6 +233,8 @@ RULES: tuple[Callable[[Docs], list[str]], ...] = (
     policy_network.narrow_doors,
     policy_network.needed_doors,
     policy_network.not_exposed,
+    policy_dashboards.behind_the_proxy,
+    policy_dashboards.read_alone,
     policy_scheduling.head_stays,
     policy_scheduling.drains,
     policy_scheduling.priority,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rendered import Docs, containers, kind, pods, selects
+import policy_dashboards
+from rendered import Docs, all_pods, containers, kind, pods, selects
 
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 PINNED = (
@@ -16,6 +17,7 @@ PINNED = (
     "max-worker-port",
 )
 """Ports that Ray draws where it is not told."""
+INGRESS = {"app.kubernetes.io/name": "ingress-nginx"}
 
 
 def default_deny(docs: Docs) -> list[str]:
@@ -93,7 +95,7 @@ def needed_doors(docs: Docs) -> list[str]:
                 need(f"{other.where} to {pod.where}", port, (pod.labels, other.labels, "ingress", True),
                      (other.labels, pod.labels, "egress", True))  # fmt: skip
         need(f"{pod.where} to object storage", 443, (pod.labels, None, "egress", False))
-    for pod in by_role.values():
+    for pod in all_pods(docs):
         need(f"{pod.where} to DNS", 53, (pod.labels, {}, "egress", False))
     need("submitter to head", 8265, (submitter, head, "egress", True), (head, submitter, "ingress", True))
     need("operator to head", 8265, (head, operator, "ingress", False))
@@ -103,6 +105,10 @@ def needed_doors(docs: Docs) -> list[str]:
         prometheus = {"app.kubernetes.io/name": "prometheus"}
         for pod in nodes:
             need(f"Prometheus to {pod.where}", 8080, (pod.labels, prometheus, "ingress", False))
+    for pod in all_pods(docs):
+        if pod.role == "dashboards":
+            need(f"ingress to {pod.where}", 4180, (pod.labels, INGRESS, "ingress", False))
+            need(f"{pod.where} to the identity provider", 443, (pod.labels, None, "egress", False))
     return found
 
 
@@ -123,14 +129,20 @@ def roles(docs: Docs) -> list[str]:
     """A pod without its labels would be behind no door but the one that is shut."""
     return [
         f"{pod.where}: labels {pod.labels}"
-        for pod in pods(docs)
-        if pod.labels.get("clinkd/role") != pod.role or pod.labels.get("app.kubernetes.io/name") != "clinkd"
+        for pod in all_pods(docs)
+        if not pod.role
+        or pod.labels.get("clinkd/role") != pod.role
+        or pod.labels.get("app.kubernetes.io/name") != "clinkd"
     ]
 
 
 def not_exposed(docs: Docs) -> list[str]:
+    """No Ingress is made here, and no Service but the one inside of the cluster before a login."""
     found = [
-        f"{doc['kind']} {doc['metadata']['name']}" for doc in docs if doc["kind"] in ("Ingress", "Service")
+        f"{doc['kind']} {doc['metadata']['name']}"
+        for doc in docs
+        if doc["kind"] == "Ingress"
+        or (doc["kind"] == "Service" and not policy_dashboards.before_the_proxy(doc["spec"]))
     ]
     for job in kind(docs, "RayJob"):
         head = job["spec"]["rayClusterSpec"]["headGroupSpec"]

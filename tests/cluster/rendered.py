@@ -57,7 +57,8 @@ def _documents(overlay: str, *components: str) -> Docs:
 
 
 class Pod(NamedTuple):
-    """One pod template of a RayJob: ``role`` is head, worker or submitter, ``group`` its worker group."""
+    """One pod template: ``role`` is head, worker or submitter of a RayJob, ``group`` its worker group; or
+    the role that a Deployment gives itself."""
 
     where: str
     role: str
@@ -83,9 +84,19 @@ def pods(docs: Docs) -> Iterator[Pod]:
         yield Pod("submitter", "submitter", labels, template["spec"], {})
 
 
+def all_pods(docs: Docs) -> Iterator[Pod]:
+    """Those of the run, and those of Deployments beside it."""
+    yield from pods(docs)
+    for doc in kind(docs, "Deployment"):
+        template = doc["spec"]["template"]
+        labels = template.get("metadata", {}).get("labels", {})
+        role = doc["spec"]["selector"]["matchLabels"].get("clinkd/role", "")
+        yield Pod(f"deployment {doc['metadata']['name']}", role, labels, template["spec"], {})
+
+
 def containers(docs: Docs) -> Iterator[tuple[str, Pod, dict[str, Any]]]:
     """All containers, and the autoscaler's as the operator will make it."""
-    for pod in pods(docs):
+    for pod in all_pods(docs):
         for container in [*pod.spec.get("initContainers", []), *pod.spec["containers"]]:
             yield f"{pod.where}: {container['name']}", pod, container
         options = kind(docs, "RayJob")[0]["spec"]["rayClusterSpec"].get("autoscalerOptions")

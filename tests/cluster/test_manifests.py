@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,9 +21,9 @@ from clinkd.tune.sweep import concurrent_trials
 ROOT = KUBERAY.parents[1]
 COMMANDS = {"ray_jobs/pipeline.py": "run", "ray_jobs/sweep.py": "sweep"}
 WITH = {
-    "dev-cpu": ("kueue", "monitoring", "redis-ft"),
-    "train-8xh100": ("kueue", "monitoring", "redis-ft", "efa"),
-    "sweep-spot": ("monitoring", "redis-ft"),
+    "dev-cpu": ("kueue", "monitoring", "redis-ft", "dashboards"),
+    "train-8xh100": ("kueue", "monitoring", "redis-ft", "efa", "dashboards"),
+    "sweep-spot": ("monitoring", "redis-ft", "dashboards"),
 }
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here to render")
 
@@ -112,8 +113,8 @@ def test_the_schemas_and_the_operators_rules(overlay: str, tmp_path: Path) -> No
         pytest.skip("CLINKD_KUBERAY_CRDS and CLINKD_KUBERAY_VALIDATOR do not say where these are")
     for components in ((), WITH[overlay]):
         rendered = text(overlay, *components).split("\n---\n")
-        # The definition of PodMonitor is the Prometheus operator's, not KubeRay's.
-        known = [doc for doc in rendered if "kind: PodMonitor" not in doc]
+        # These are the Prometheus operator's, not KubeRay's.
+        known = [doc for doc in rendered if not re.search(r"^kind: (PodMonitor|PrometheusRule)$", doc, re.M)]
         (tmp_path / "all.yaml").write_text("\n---\n".join(known))
         python = os.environ.get("CLINKD_KUBERAY_PYTHON", sys.executable)
         done = subprocess.run([python, tool, "--crds", crds, "--k8s", "1.33", str(tmp_path / "all.yaml")],

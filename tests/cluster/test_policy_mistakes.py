@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import policy
+import policy_dashboards as dashboards
 import policy_network as network
 import policy_scheduling as scheduling
 import pytest
@@ -82,7 +83,22 @@ def bear(spec: dict[str, Any], key: str) -> None:
     spec.setdefault("tolerations", []).append({"key": key, "operator": "Exists"})
 
 
+def board(docs: Docs) -> dict[str, Any]:
+    return kind(docs, "Deployment")[0]["spec"]["template"]["spec"]
+
+
+def part(docs: Docs, name: str) -> dict[str, Any]:
+    return next(container for container in board(docs)["containers"] if container["name"] == name)
+
+
+def argue(docs: Docs, name: str, old: str, new: str) -> None:
+    said = part(docs, name)["args"]
+    assert any(old in argument for argument in said)
+    part(docs, name)["args"] = [argument.replace(old, new) for argument in said]
+
+
 TRAIN, SWEEP, DEV = "train-8xh100", "sweep-spot", "dev-cpu"
+BOARDS = "sweep-spot dashboards"
 MISTAKES: list[Mistake] = [
     ("latest", TRAIN, policy.image_pinned, lambda d: ray(worker(d)).update(image="registry/clinkd:latest")),
     ("a port is no tag", TRAIN, policy.image_pinned, lambda d: ray(head(d)).update(image="host:5000/clinkd")),
@@ -187,6 +203,43 @@ MISTAKES: list[Mistake] = [
      lambda d: cluster(d)["headGroupSpec"].update(serviceType="LoadBalancer")),
     ("a port of the node's", DEV, network.not_exposed,
      lambda d: ray(head(d))["ports"][0].update(hostPort=6379)),
+    ("the latest proxy", BOARDS, policy.image_pinned,
+     lambda d: part(d, "oauth2-proxy").update(image="quay.io/oauth2-proxy/oauth2-proxy:latest")),
+    ("dashboards as root", BOARDS, policy.pod_restricted,
+     lambda d: board(d)["securityContext"].update(runAsUser=0)),
+    ("dashboards with a token", BOARDS, policy.api_tokens,
+     lambda d: board(d).pop("automountServiceAccountToken")),
+    ("dashboards with the run's role", BOARDS, policy.workload_identity,
+     lambda d: named(d, "ServiceAccount", "clinkd-dashboards")["metadata"].update(
+         annotations={"eks.amazonaws.com/role-arn": "x"})),
+    ("the client's secret in the text", BOARDS, policy.secrets_by_reference,
+     lambda d: part(d, "oauth2-proxy")["env"].append({"name": "OAUTH2_PROXY_CLIENT_SECRET", "value": "x"})),
+    ("a cookie's secret on the command line", BOARDS, policy.secrets_by_reference,
+     lambda d: part(d, "oauth2-proxy")["args"].append("--cookie-secret=abc")),
+    ("dashboards that no policy knows", BOARDS, network.roles,
+     lambda d: kind(d, "Deployment")[0]["spec"]["template"]["metadata"]["labels"].pop("clinkd/role")),
+    ("an identity provider that is out of reach", BOARDS, network.needed_doors,
+     lambda d: named(d, "NetworkPolicy", "dashboards")["spec"].pop("egress")),
+    ("a Service past the proxy", BOARDS, network.not_exposed,
+     lambda d: kind(d, "Service")[0]["spec"]["ports"].append({"port": 8080, "targetPort": 8080})),
+    ("a Service of the head's", BOARDS, network.not_exposed,
+     lambda d: kind(d, "Service")[0]["spec"]["selector"].update({"clinkd/role": "head"})),
+    ("a proxy on a load balancer", BOARDS, network.not_exposed,
+     lambda d: kind(d, "Service")[0]["spec"].update(type="LoadBalancer")),
+    ("TensorBoard on all addresses", BOARDS, dashboards.behind_the_proxy,
+     lambda d: argue(d, "tensorboard", "--host 127.0.0.1", "--bind_all")),
+    ("everyone whom the provider knows", BOARDS, dashboards.behind_the_proxy,
+     lambda d: argue(d, "oauth2-proxy", "--allowed-group=replace-me", "--allowed-group=")),
+    ("a path without a login", BOARDS, dashboards.behind_the_proxy,
+     lambda d: part(d, "oauth2-proxy")["args"].append("--skip-auth-route=^/api")),
+    ("a cookie without TLS", BOARDS, dashboards.behind_the_proxy,
+     lambda d: argue(d, "oauth2-proxy", "--cookie-secure=true", "--cookie-secure=false")),
+    ("a proxy that looks elsewhere", BOARDS, dashboards.behind_the_proxy,
+     lambda d: argue(d, "oauth2-proxy", "127.0.0.1:8080", "127.0.0.1:8081")),
+    ("a study that can be deleted", BOARDS, dashboards.read_alone,
+     lambda d: argue(d, "optuna", "mode=ro&", "")),
+    ("runs that can be written", BOARDS, dashboards.read_alone,
+     lambda d: volume(board(d), "clinkd")["persistentVolumeClaim"].pop("readOnly")),
     ("a driver that is drained", TRAIN, scheduling.head_stays,
      lambda d: without(d, "PodDisruptionBudget", "clinkd-head")),
     ("a budget that Kubernetes ignores", TRAIN, scheduling.head_stays,
@@ -240,7 +293,7 @@ MISTAKES: list[Mistake] = [
 def test_a_mistake_is_caught_by_the_rule_that_is_there_for_it(
     overlay: str, rule: Callable[[Docs], list[str]], make: Callable[[Docs], Any]
 ) -> None:
-    docs = render(overlay)
+    docs = render(*overlay.split())
     assert rule(docs) == []
     make(docs)
     assert rule(docs) != []
