@@ -9,8 +9,8 @@ ROOT = Path(clinkd.__file__).parent
 # A room sees itself and what stands in a lower rank.
 RANKS = {
     "reading": -2, "metrics": -2, "config_model": -2, "config_train": -1.5, "config_sweep": -1.5,
-    "config": -1, "config_schema": -0.5, "storage": 0, "interrupt": 0, "artifacts": 1, "sinks": 1.5, "progress": 1,
-    "cluster": 1, "console": 1,
+    "config": -1, "config_schema": -0.5, "storage": 0, "interrupt": 0, "artifacts": 1, "sinks": 1.5,
+    "progress": 1, "cluster": 1, "console": 1,
     "data": 2, "model": 2, "report": 3,
     "distill": 3, "evaluate": 3,
     "train": 4, "reflect": 5, "stages": 6, "tune": 6.5, "ops": 7, "cli_data": 7, "cli_ops": 7.5,
