@@ -1,9 +1,10 @@
 # make demo: the whole pipeline on phantoms.  make test: what CI runs.  make install: only the environment.
+# make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install demo test lint
+.PHONY: install demo test twin lint
 
 install: .venv/.installed
 
@@ -28,6 +29,9 @@ test: install .venv/.open-clip
 .venv/.open-clip: requirements-open-clip.lock .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/open-clip -r $<
 	touch $@
+
+twin: install
+	$(BIN)/python cluster/twin.py
 
 lint: install
 	$(BIN)/ruff check .

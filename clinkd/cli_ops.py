@@ -24,11 +24,16 @@ def plan(
     calibrate: bool = typer.Option(False, "--calibrate", help="Run a few real steps and use their numbers."),
     steps: int = typer.Option(24, min=4, help="Of each stage, for --calibrate."),
     save: bool = typer.Option(False, "--save", help="Keep it in the run's folder, for the run's report."),
+    scale: Path | None = typer.Option(
+        None, "--scale", metavar="FILE.html", help="Write a page of throughput on 1 to 512 GPUs, simulated."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON; sizes in bytes."),
 ) -> None:
     """Say what a run will do and cost: steps, memory, hours, price, disk, and what looks wrong.
 
+    \b
     Example: clinkd plan configs/qwen2_vl_7b.yaml --gpu h100 --price 2.5
+             clinkd plan configs/qwen2_vl_7b.yaml --scale scaling.html
              clinkd plan configs/tiny.yaml --calibrate
     """
     from clinkd import cluster
@@ -56,6 +61,12 @@ def plan(
         folder = Path(config.run.root) / config.run.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if scale is not None:
+        from clinkd.ops.scaling import scaling
+        from clinkd.report.scaling import build_scaling
+
+        found["scaling"] = scaling(config, gpu, records)
+        typer.echo(f"scaling: {build_scaling(found['scaling'], scale)}", err=True)
     typer.echo(json.dumps(found, indent=1) if as_json else show(found))
 
 
