@@ -78,6 +78,18 @@ def test_a_share_that_lies_in_one_that_was_asked_for_asks_nothing(finished: Path
     assert counts["truths"] + counts["pseudo_labels"] + counts["refused"] == counts["samples"]
 
 
+def test_a_student_of_true_answers_alone_asks_no_teacher(finished: Path) -> None:
+    artifacts = finished / "runs" / "artifacts"
+    before = set(artifacts.glob("*-*"))
+    plain = ["distill.a=0", "distill.unlabelled_share=0", "distill.start_quantile=0", "run.name=plain"]
+    done = clinkd(finished, "train", "distill", str(CONFIG), *SMALL, *plain)
+    assert done.returncode == 0, done.stderr
+    (made,) = (path for path in set(artifacts.glob("*-*")) - before if path.is_dir())
+    assert made.name.startswith("distill-") and "label" not in done.stderr
+    rows = lines(made / "metrics.jsonl")
+    assert len(rows) == 4 and all(row["loss"] == pytest.approx(row["ce"]) and "kd" not in row for row in rows)
+
+
 def positions(runs: Path, mode: str) -> list[torch.Tensor]:
     """[3, L] of the test questions, with the run's model and scores."""
     from transformers import AutoImageProcessor, AutoTokenizer

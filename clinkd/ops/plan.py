@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clinkd.config import RunConfig
 from clinkd.ops import cost, lint
 from clinkd.reflect.rounds import generations
+from clinkd.stages.online import asks_teacher
 from clinkd.tune.space import reflects, rungs, trials_wanted
 
 if TYPE_CHECKING:
@@ -140,7 +141,6 @@ def _stage(look: Outlook, stage: Stage, card: cost.Accelerator, found: Measured 
 def _asking(look: Outlook, card: cost.Accelerator) -> Iterator[dict[str, Any]]:
     """Stages that ask models: what they read, at least; writing answers is bound by memory, not by FLOPs."""
     config, load = look.config, look.workload
-    questions = round(load.records * load.turns)
     tested = round((load.all_records - load.records) * load.turns)
     if config.data.validation_fraction:
         share = config.data.test_fraction / (config.data.test_fraction + config.data.validation_fraction)
@@ -149,7 +149,7 @@ def _asking(look: Outlook, card: cost.Accelerator) -> Iterator[dict[str, Any]]:
     students = asked["student"] * config.reflect.rounds
     correctors = asked["corrector"] * config.reflect.rounds
     for name, subject, count in (
-        ("label", look.teacher, round(config.distill.share * questions)),
+        ("label", look.teacher, round(_asked(look))),
         ("reflect: student", look.student, students),
         ("reflect: corrector", look.teacher, correctors),
         ("evaluate", look.student, min(tested, config.evaluate.limit or tested)),
@@ -210,10 +210,10 @@ def _disk(look: Outlook) -> dict[str, float]:
     ]
     element = 2 if config.model.dtype == "bfloat16" else 4
     models = [element * stage.subject.parameters for stage in stages]
-    asked = load.records * load.turns * config.distill.share
+    asked = _asked(look)
     found = {
         "shards": load.all_records * load.image_bytes,
-        "teacher_cache": asked * load.answer * _token_bytes(look) + _head_bytes(look, element),
+        "teacher_cache": asked * load.answer * _token_bytes(look) + (asked and _head_bytes(look, element)),
         "models": float(sum(models) + models[-1]),  # each stage's, and the run's own copy
         # Of a stage at work; they go with it.
         "checkpoints": cost.KEPT * max(states),
@@ -231,7 +231,7 @@ def _node(look: Outlook) -> dict[str, float]:
     All workers are counted as if they were on one node.
     """
     config, load = look.config, look.workload
-    asked, workers = load.records * load.turns * config.distill.share, config.compute.workers
+    asked, workers = _asked(look), config.compute.workers
     found = {
         # Records pass the object store, in shared memory, on their way into each node's file.
         "object_store": load.records * load.image_bytes,
@@ -244,6 +244,12 @@ def _node(look: Outlook) -> dict[str, float]:
     if config.compute.cpu_offload:
         found["offloaded"] = max(12.0 * stage.subject.trained for stage in stages)
     return found
+
+
+def _asked(look: Outlook) -> float:
+    """Training questions about which the teacher is asked."""
+    options, load = look.config.distill, look.workload
+    return load.records * load.turns * options.share if asks_teacher(options) else 0.0
 
 
 def _token_bytes(look: Outlook) -> int:

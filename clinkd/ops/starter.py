@@ -166,8 +166,8 @@ def _head(case: Case, folder: str) -> list[str]:
     ]
     if case.task == "finetune":
         lines += _comment(
-            "The teacher is the model itself and is asked once about the training data, as in every run; "
-            "with distill.a: 0 the student learns from true answers alone.", ""
+            "The student learns from true answers alone; no teacher is asked. distill.a above 0 makes the "
+            "model itself its teacher.", ""
         )  # fmt: skip
     for note in case.translated.notes if case.translated else ():
         lines += _comment(f"Look at {note}.", "")

@@ -1,4 +1,4 @@
-"""How stage distill comes by a teacher that is there; see train/online_task.py."""
+"""How stage distill comes by a teacher, and whether it wants one; see train/online_task.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from clinkd.stages.models import teacher_folder
 if TYPE_CHECKING:
     from clinkd.train.online_task import OnlineSpec
     from clinkd.train.tasks import VqaSpec
+
+
+def asks_teacher(options: DistillSection) -> bool:
+    """Whether a student follows from what a teacher says: its loss, its labels, or the order of the data."""
+    return options.teacher != "cache" or bool(
+        options.a or options.unlabelled_share or options.start_quantile or options.end_quantile
+    )
 
 
 def distill_settings(options: DistillSection) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from clinkd.stages import outcome, training
 from clinkd.stages.base import Run, open_run
 from clinkd.stages.guide import guide
 from clinkd.stages.label import label
+from clinkd.stages.online import asks_teacher
 from clinkd.stages.prepare import prepare
 from clinkd.stages.reflection import reflect
 
@@ -38,6 +39,8 @@ def finish(current: Run) -> Path:
 def run_to(config: RunConfig, last: str) -> Artifact:
     """All stages up to and with ``last``."""
     order = [prepare, guide, training.teacher, label, training.distill, reflect]
+    if last != "label" and not asks_teacher(config.distill):
+        order.remove(label)
     names = [stage.__name__ for stage in order]
     with open_run(config) as current:
         for stage in order[: names.index(last) + 1]:
@@ -74,4 +77,5 @@ def share(current: Run) -> None:
     prepare(current)
     guide(current)
     training.teacher(current)
-    label(current)
+    if asks_teacher(current.config.distill):
+        label(current)

@@ -24,7 +24,7 @@ from clinkd.stages import models
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.certificate import method_of, stamp
 from clinkd.stages.models import pixel_limits, student_start, teacher_folder, teacher_rope, vqa_spec
-from clinkd.stages.online import distill_settings, online_spec
+from clinkd.stages.online import asks_teacher, distill_settings, online_spec
 
 if TYPE_CHECKING:
     from clinkd.train.feed import StreamSpec
@@ -135,7 +135,7 @@ def distill_steps(run: Run) -> int:
 
 
 def distill(run: Run, until: int | None = None, start: Path | None = None, fresh: bool = False) -> Artifact:
-    """The student, from the teacher's cache or from the teacher beside it.
+    """The student, from the teacher's cache, from the teacher beside it, or from the truth alone.
 
     Args:
         until: the step to end at; the next call goes on from there.
@@ -146,6 +146,7 @@ def distill(run: Run, until: int | None = None, start: Path | None = None, fresh
         Paused: at ``until``, where that is not the end.
     """
     config, options = run.config, run.config.distill
+    taught = asks_teacher(options)
     settings = {
         "distill": distill_settings(options),
         "model": config.model.model_dump(exclude={"lora", "attention"}),
@@ -155,36 +156,44 @@ def distill(run: Run, until: int | None = None, start: Path | None = None, fresh
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.checkpoint import Checkpoints
-        from clinkd.train.distill_task import DistillSpec, DistillTask
-        from clinkd.train.online_task import OnlineDistillTask
 
         certificate = stamp(config, draft.path)
         spec = vqa_spec(
             run, student_start(run, draft), config.rope, train_vision=config.model.train_vision,
-            lora=config.model.lora,
+            lora=config.model.lora, coordinate_weight=1.0 if taught else options.optim.coordinate_weight,
         )  # fmt: skip
-        learn = DistillSpec(
-            str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
-        )
-        zero, online = config.compute.zero_stage, online_spec(run, spec)
+        zero = config.compute.zero_stage
         if fresh:
             shutil.rmtree(draft.work / "distill", ignore_errors=True)
         if start is not None:
             Checkpoints(draft.work / "distill", 0, lambda: None).adopt(start)
         counts = train(
-            run, draft, "distill", options.optim, zero,
-            lambda rows, scratch: (
-                OnlineDistillTask(rows, scratch, spec, learn, online, zero)
-                if online
-                else DistillTask(rows, scratch, spec, learn, zero)
-            ),
+            run, draft, "distill", options.optim, zero, _learner(run, spec, zero),
             records=share_of(list(turn_counts(run)), options.share, config.run.seed),
             seed=config.student_seed,
             until=until,
         )  # fmt: skip
         return counts | {"certified": certificate["ok"]}
 
-    return run.stage("distill", ["prepare", "guide", "teacher", "label"], settings, make)
+    inputs = ["prepare", "guide", "teacher", *(["label"] if taught else [])]
+    return run.stage("distill", inputs, settings, make)
+
+
+def _learner(run: Run, spec: VqaSpec, zero: int) -> Callable[[Any, Path], Any]:
+    """Makes the student's task where it trains."""
+    from clinkd.train.distill_task import DistillSpec, DistillTask
+    from clinkd.train.online_task import OnlineDistillTask
+    from clinkd.train.tasks import SupervisedTask
+
+    options = run.config.distill
+    if not asks_teacher(options):
+        return lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero)
+    learn = DistillSpec(
+        str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
+    )
+    if online := online_spec(run, spec):
+        return lambda rows, scratch: OnlineDistillTask(rows, scratch, spec, learn, online, zero)
+    return lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero)
 
 
 def train(

@@ -94,15 +94,15 @@ def saved(run: Run, rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         was made so often; alone it would be once a trial), ``training_steps`` and ``steps_not_taken`` (ended
         at a rung).
     """
-    shared = {name: run.done[name].meta["seconds"] for name in SHARED}
+    shared = {name: run.done[name].meta["seconds"] for name in SHARED if name in run.done}
     own = [row for row in rows if not any(key.startswith(BEFORE) for key in row["values"])]
     total = round(sum(shared.values()), 1)
     taken = sum(row["step"] or 0 for row in rows)
     pruned = sum(steps - (row["step"] or 0) for row in rows if row["state"] == "pruned")
     return {
         "shared": shared, "shared_seconds": total, "saved_seconds": round(total * max(0, len(own) - 1), 1),
-        "teacher_passes": 1 + len(rows) - len(own), "trials_that_share": len(own), "training_steps": taken,
-        "steps_not_taken": pruned,
+        "teacher_passes": ("label" in shared) + len(rows) - len(own), "trials_that_share": len(own),
+        "training_steps": taken, "steps_not_taken": pruned,
     }  # fmt: skip
 
 

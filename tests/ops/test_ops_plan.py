@@ -190,3 +190,11 @@ def test_a_saved_plan_is_where_the_report_looks(capsys: pytest.CaptureFixture[st
 
     code, _, _ = run(capsys, "plan", TINY, f"run.root={tmp_path}", "run.name=one", "--save")
     assert code == 0 and stage(read_plan(tmp_path / "one"), "teacher")["steps"] == 2500
+
+
+def test_true_answers_alone_ask_no_teacher_and_keep_no_cache() -> None:
+    plain = ("distill.a=0", "distill.unlabelled_share=0", "distill.start_quantile=0")
+    for changes, asked in (((), True), (plain, False), ((*plain, "distill.unlabelled_share=0.1"), True)):
+        found = planned(TINY, *changes)
+        assert ("label" in {row["name"] for row in found["stages"]}) == asked
+        assert (found["disk"]["teacher_cache"] > 0) == asked
