@@ -1,10 +1,11 @@
 # make demo: the whole pipeline on phantoms.  make test: what CI runs.  make install: only the environment.
+# make bench: all benchmarks, into docs/performance.md; an hour.
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install demo test twin lint
+.PHONY: install demo test bench twin lint
 
 install: .venv/.installed
 
@@ -29,6 +30,9 @@ test: install .venv/.open-clip
 .venv/.open-clip: requirements-open-clip.lock .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/open-clip -r $<
 	touch $@
+
+bench: install
+	$(BIN)/python benchmarks/all.py --keep
 
 twin: install
 	$(BIN)/python cluster/twin.py
