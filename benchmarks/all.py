@@ -57,7 +57,7 @@ BENCHES = (
         Number("its time's slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False),
     )),
     Bench("candidates", (), (
-        Number("candidates with shared prompts, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
+        Number("candidates, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
     )),
     Bench("predict", (), (
         Number("answers in batches, times one at a time", r"^batches.* ([\d.]+)x$", True),
