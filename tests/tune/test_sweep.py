@@ -25,6 +25,7 @@ SWEEP = {
     "run": {"name": "swept"},
     "sweep": {
         "trials": 5, "scheduler": "asha", "grace": 2, "reduction": 2, "questions": 24, "metric": "likelihood",
+        "concurrent": 1,  # of several at one time, which one ASHA ends depends on who is first at a rung
         "space": {
             "distill.a": {"kind": "loguniform", "low": 0.1, "high": 2},
             "distill.optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2},
