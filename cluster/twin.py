@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def main() -> int:
     )
     options.add_argument("overrides", nargs="*", help="KEY=VALUE, after the twin's own")
     given = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the nodes end too
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with (
@@ -146,7 +148,7 @@ class Twin:
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
         self._head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", "--num-cpus=0",
-                      "--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={scratch}",
+                      "--dashboard-host=127.0.0.1", "--include-dashboard=true",
                       f"--ray-client-server-port={free_port()}"]  # fmt: skip
 
     @contextmanager
@@ -207,7 +209,9 @@ class Twin:
             self.nodes[name] = subprocess.Popen(
                 [str(BIN / "ray"), "start", "--block", *arguments, *ports, "--node-ip-address=127.0.0.1",
                  f"--resources={json.dumps({name: 1})}", "--object-store-memory=200000000",
-                 "--disable-usage-stats"],
+                 "--disable-usage-stats",
+                 # A node that unpacks the job's code writes over that of the nodes it shares a folder with.
+                 f"--temp-dir={self.scratch / name}"],
                 env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
