@@ -162,8 +162,7 @@ def test_a_counter_takes_no_step_back_or_on_the_spot(heard: Heard) -> None:
 def test_rank_0_tells_of_a_step_and_a_loss_that_is_no_number_is_not_sent(heard: Heard) -> None:
     import torch
 
-    from clinkd.train.loop import Totals
-    from clinkd.train.meter import publish
+    from clinkd.train.meter import Totals, publish
 
     totals, cpu = Totals(8.0, 4, 100, 0.0, False, False, [0.1, 0.1]), torch.device("cpu")
     publish(3, 10, 16.0, totals, 0.5, cpu, rank=1)

@@ -24,10 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clinkd.config import ComputeSection, OptimSection, WatchSection
 from clinkd.train.ledger import Group, Ledger
+
+if TYPE_CHECKING:
+    from clinkd.train.meter import Totals
 
 PREEMPTIONS = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 ASKED = 10.0  # seconds between questions to Ray Train, which all ranks ask together
@@ -53,18 +56,6 @@ class Task(Protocol):
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes the trained model, ``state`` being the whole state dict of the module; rank 0 only."""
-
-
-class Totals(NamedTuple):
-    """Of one step, over all ranks."""
-
-    tokens: float  # that the loss is over
-    samples: int
-    input_tokens: int
-    operations: float
-    stop: bool  # somebody wants the job to end
-    preempted: bool  # a node of it will be taken away
-    waits: list[float]  # seconds of each rank for its batches and its first forward pass, a step ago
 
 
 @dataclass(frozen=True)
@@ -303,6 +294,7 @@ class Worker:
         import torch.distributed as dist
 
         from clinkd.train.engine import set_seeds
+        from clinkd.train.meter import Totals
 
         set_seeds((self.job.seed * 1_000_003 + self.step) * 65_537 + self.rank)
         begun = time.monotonic()

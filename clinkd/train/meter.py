@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +24,17 @@ from clinkd import metrics
 from clinkd.model.guided import GuidedModel
 from clinkd.train.flops import Work, flops, image_pairs
 
-if TYPE_CHECKING:
-    from clinkd.train.loop import Totals
+
+class Totals(NamedTuple):
+    """Of one step, over all ranks."""
+
+    tokens: float  # that the loss is over
+    samples: int
+    input_tokens: int
+    operations: float
+    stop: bool  # somebody wants the job to end
+    preempted: bool  # a node of it will be taken away
+    waits: list[float]  # seconds of each rank for its batches and its first forward pass, a step ago
 
 
 @dataclass(frozen=True)
