@@ -53,7 +53,7 @@ def captions(pairs: int, modalities: int) -> dict[str, Pairs]:
     texts: list[str] = []
     number = 0
     while len(texts) < pairs:
-        turns = draw(spec, number % spec.count)[1].turns
+        turns = draw(spec, number % spec.images)[1].turns
         texts += [turn.answer for turn in turns if turn.task in ("rc", "mia")]
         number += 1
     return {

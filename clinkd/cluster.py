@@ -47,7 +47,9 @@ STARTS = 3
 _started_here = _connected_here = False
 
 
-def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float = 1.0) -> None:
+def connect(
+    address: str | None = None, workers: int = 0, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0
+) -> None:
     """Makes Ray available to this process; does nothing more where it already is.
 
     Args:
@@ -55,7 +57,7 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
         workers: training workers that are to run at one time; 0 asks for nothing.
 
     Raises:
-        ConfigError: no cluster at the address, or fewer CPUs than the workers need.
+        ConfigError: no cluster at the address, or fewer CPUs or GPUs than the workers need.
     """
     import ray
 
@@ -67,11 +69,13 @@ def connect(address: str | None = None, workers: int = 0, cpus_per_worker: float
             check_workers(workers, cpus_per_worker, real_cores())
             with handlers_kept():
                 _start()
+            check_gpus(workers, gpus_per_worker)
             return
         with handlers_kept():
             _join(target, "compute.address" if address else "RAY_ADDRESS")
     cpus = usable_cpus()
     check_workers(workers, cpus_per_worker, cpus)
+    check_gpus(workers, gpus_per_worker)
     if workers and cpus < 2 and not _started_here:
         raise ConfigError(
             f"compute.address: the cluster has {cpus:g} CPU, training and Ray Data take two; "
@@ -163,6 +167,23 @@ def check_workers(workers: int, cpus_per_worker: float, cpus: float) -> None:
         raise ConfigError(
             f"compute.workers: {workers} worker{'s' if workers != 1 else ''} of {cpus_per_worker:g} CPU, "
             f"but the cluster has {cpus:g}; lower compute.workers or compute.cpus_per_worker"
+        )
+
+
+def check_gpus(workers: int, gpus_per_worker: float) -> None:
+    """The same of GPUs, in the Ray that this process is connected to.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0.0) if gpus_per_worker else 0.0
+    if workers * gpus_per_worker > gpus + 1e-9:
+        raise ConfigError(
+            f"compute.gpus_per_worker: {workers} worker{'s' if workers != 1 else ''} of {gpus_per_worker:g} "
+            f"GPU, but the cluster has {gpus:g}; lower compute.workers, or train on CPUs with "
+            "compute.gpus_per_worker=0"
         )
 
 

@@ -196,6 +196,11 @@ class ComputeSection(Section):
         60, gt=0, description="seconds that a checkpoint may take after SIGTERM or Ctrl-C, before all ends"
     )
 
+    @property
+    def gpus_per_actor(self) -> float:
+        """What Ray keeps for a model actor of the GPUs that train by turns with it; it uses one at most."""
+        return min(1.0, self.workers * self.gpus_per_worker / self.actors)
+
     @model_validator(mode="after")
     def _elastic(self) -> ComputeSection:
         if self.min_workers is not None and self.min_workers > self.workers:

@@ -41,6 +41,20 @@ def test_more_workers_than_cpus_are_one_line() -> None:
     cluster.check_workers(2, 1.0, 2.0)
 
 
+def test_more_gpus_than_there_are_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train would wait for them for ever."""
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(ConfigError, match=r"2 workers of 1 GPU, but the cluster has 1; .*gpus_per_worker=0"):
+        cluster.check_gpus(2, 1.0)
+    cluster.check_gpus(2, 0.5)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    cluster.check_gpus(2, 0.0)
+    with pytest.raises(ConfigError, match="the cluster has 0"):
+        cluster.check_gpus(1, 1.0)
+
+
 @pytest.mark.parametrize(("misses", "tries"), [(0, 1), (2, 3), (9, cluster.STARTS)])
 def test_a_ray_that_misses_its_own_deadline_is_started_again(
     monkeypatch: pytest.MonkeyPatch, misses: int, tries: int

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clinkd.config import ConfigError, RunConfig, load_config, to_yaml, with_values
+from clinkd.config import ComputeSection, ConfigError, RunConfig, load_config, to_yaml, with_values
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -120,3 +120,14 @@ def test_what_cannot_go_together_in_reflection_is_refused(tmp_path: Path, text: 
 def test_naming_one_size_of_the_teacher_leaves_the_others(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "teacher: {tiny: {hidden: 64}}\n"))
     assert (config.teacher.tiny.hidden, config.teacher.tiny.layers) == (64, RunConfig().teacher.tiny.layers)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "actors", "each"),
+    [(2, 0, 2, 0), (1, 1, 2, 0.5), (8, 1, 8, 1), (8, 1, 3, 1), (2, 0.5, 4, 0.25)],
+)
+def test_a_model_actor_gets_a_part_of_the_workers_gpus_and_one_at_most(
+    workers: int, gpus: float, actors: int, each: float
+) -> None:
+    """Ray refuses 2.67 GPUs, and an actor's model lies on one."""
+    assert ComputeSection(workers=workers, gpus_per_worker=gpus, actors=actors).gpus_per_actor == each

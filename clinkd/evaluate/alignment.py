@@ -143,14 +143,18 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def score(
-    records: Any, spec: ScoreSpec, *, actors: int, cpus: float = 0.5, batch: int = 32
+    records: Any, spec: ScoreSpec, *, actors: int, cpus: float = 0.5, gpus: float = 0.0, batch: int = 32
 ) -> Iterator[pa.Table]:
-    """Tables of :class:`Scorer` for a Ray Dataset of records."""
+    """Tables of :class:`Scorer` for a Ray Dataset of records.
+
+    Args:
+        cpus, gpus: what Ray sets aside for each of the actors.
+    """
     import ray.data
 
     yield from records.map_batches(
         Scorer, fn_constructor_args=(spec,), batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
+        compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus, num_gpus=gpus,
     ).iter_batches(batch_format="pyarrow", batch_size=4096)  # fmt: skip
 
 

@@ -9,7 +9,7 @@ Decisions:
   (``presets``), so a word looks for patches that show it, and not for itself.
 - Patches of a region also tell its box, through the embeddings of the numbers that write it: a feature
   carries what a grounded answer has to say, in the space in which the language model says it.
-- The logit of (image, text) is the largest of its patches.
+- The logit of (image, text) is the largest of its patches. Logits are float32 also where the weights are not.
 """
 
 from __future__ import annotations
@@ -62,21 +62,22 @@ class TinyGuide(nn.Module):
         """Texts [P, L] of token ids (mask 1 = token) to unit vectors [P, H] in the rotated space."""
         tokens = self.model.get_input_embeddings()(ids)
         weights = self.weigh(tokens).squeeze(-1).masked_fill(mask == 0, float("-inf")).softmax(-1)
-        return F.normalize((weights[..., None] * tokens).sum(1) @ self.rotation.T, dim=-1)
+        whole = (weights[..., None] * tokens).sum(1)
+        return F.normalize((whole @ self.rotation.T.to(whole.dtype)).float(), dim=-1)
 
     def logits(self, patches: Tensor, phrases: Tensor) -> Tensor:
         """[patches, P] logits of "this patch shows that"."""
-        return F.normalize(patches, dim=-1) @ phrases.T * self.scale.exp() + self.bias
+        return F.normalize(patches.float(), dim=-1) @ phrases.T * self.scale.exp() + self.bias
 
     def number_logits(self, patches: Tensor) -> Tensor:
         """[4, patches, V]: tokens of x1, y1, x2, y2 of the region a patch belongs to."""
         table = self.model.get_input_embeddings().weight
-        return torch.stack([head(patches) @ table.T for head in self.heads])
+        return torch.stack([(head(patches) @ table.T).float() for head in self.heads])
 
     def bag_logits(self, patches: Tensor) -> Tensor:
         """[patches, V]: tokens that speak of a patch, read in the rotated space."""
         table: Any = self.model.get_input_embeddings().weight
-        return patches @ self.rotation @ table.T
+        return (patches @ self.rotation.to(patches.dtype) @ table.T).float()
 
 
 def save_guide(guide: TinyGuide, out: Path) -> None:

@@ -53,7 +53,7 @@ class Desks:
     @classmethod
     def of(cls, run: Run) -> Desks:
         compute = run.config.compute
-        return cls(compute.actors, run.progress, compute.workers * compute.gpus_per_worker / compute.actors)
+        return cls(compute.actors, run.progress, compute.gpus_per_actor)
 
     def pool(self) -> AnswerPool:
         if self._pool is None:

@@ -67,7 +67,9 @@ class Run:
             from clinkd import cluster
 
             compute = self.config.compute
-            cluster.connect(compute.address, compute.workers, compute.cpus_per_worker)
+            cluster.connect(
+                compute.address, compute.workers, compute.cpus_per_worker, compute.gpus_per_worker
+            )
             self._connected = True
 
     def train(self, job: TrainJob, rows: Any) -> None:

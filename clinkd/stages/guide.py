@@ -97,7 +97,8 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
     done = 0
     spec = ScoreSpec(encoder, tuple(names or ["nothing"]))
     records = read_records(data, blocks=run.blocks)
-    for table in score(records, spec, actors=run.config.compute.actors):
+    compute = run.config.compute
+    for table in score(records, spec, actors=compute.actors, gpus=compute.gpus_per_actor):
         tables.append(table)
         done += len(table)
         run.progress.update(done, record=False)

@@ -190,10 +190,9 @@ def _ask(
     exact = spec.form.name != "topk"
     Store(spec.root, spec.key).open(_head(Path(spec.model)) if exact else None, _about(spec))
     compute = run.config.compute
-    gpus = compute.workers * compute.gpus_per_worker / compute.actors
     run.progress.start(title, total)
     labelled = rows.map_batches(
-        Labeller, fn_constructor_args=(spec,), batch_size=32, num_cpus=0.5, num_gpus=gpus or None,
+        Labeller, fn_constructor_args=(spec,), batch_size=32, num_cpus=0.5, num_gpus=compute.gpus_per_actor,
         compute=ray.data.ActorPoolStrategy(size=compute.actors),
     )  # fmt: skip
     found: list[tuple[str, str, str, bool]] = []

@@ -9,7 +9,9 @@ Decisions:
   early in the backward pass. Tiny models get larger ones: a collective has a price of its own.
 - On a CPU nothing overlaps: collectives hold the thread. Buckets take a tiny model whole, but not the two
   gigabytes of DeepSpeed's default, which it sets aside.
-- On CPU the optimiser is torch's AdamW: DeepSpeed's own wants to compile one first, for nothing at this size.
+- The optimiser is torch's AdamW, on a GPU in its fused form. DeepSpeed's own compiles CUDA or C++ code first:
+  a minute, a compiler and CUDA's headers on every node, and it stops where the architecture list of NVIDIA's
+  images names a "10.0a". Offloaded it stays DeepSpeed's, which is made for weights in the main memory.
 - On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
   behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
   which goes with its process: whoever holds it takes a left file away. The folder is one per environment:
@@ -60,8 +62,8 @@ def deepspeed_config(
                 "lr": optim.lr,
                 "betas": [0.9, 0.98],
                 "weight_decay": optim.weight_decay,
-                "torch_adam": compute.gpus_per_worker == 0,
-            },
+            }
+            | _kernel(compute),
         },
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_ours(compute, zero_stage),
@@ -71,6 +73,13 @@ def deepspeed_config(
     }
     preset = {"zero_optimization": _zero_preset(compute, zero_stage, hidden)}
     return merge(merge(preset, _given(_read_base(compute.deepspeed))), ours)
+
+
+def _kernel(compute: ComputeSection) -> dict[str, Any]:
+    """Whose AdamW; see above."""
+    if compute.gpus_per_worker == 0:
+        return {"torch_adam": True}
+    return {"torch_adam": False} if compute.cpu_offload else {"torch_adam": True, "fused": True}
 
 
 def _zero_ours(compute: ComputeSection, zero_stage: int) -> dict[str, Any]:

@@ -55,6 +55,26 @@ def test_scores_are_the_calibrated_logits_of_the_encoder(folder: Path) -> None:
         assert score.grids == (seen.grid,)
 
 
+def test_in_bfloat16_logits_are_single_precision_and_near(folder: Path) -> None:
+    """As an engine holds it: the weights rounded, the fixed rotation as it was."""
+    guide = TinyEncoder(folder / guides.OWN).guide
+    ids, mask = torch.tensor([[7, 8, 9], [11, 12, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    torch.manual_seed(2)
+    patches = torch.randn(6, SIZE.hidden)
+
+    def logits(patches: torch.Tensor) -> list[torch.Tensor]:
+        words = guide.phrases(ids, mask)
+        return [guide.logits(patches, words), guide.number_logits(patches), guide.bag_logits(patches)]
+
+    with torch.no_grad():
+        exact = logits(patches)
+        for parameter in guide.parameters():
+            parameter.data = parameter.data.bfloat16()
+        rounded = logits(patches.bfloat16())
+    for wanted, found in zip(exact, rounded, strict=True):
+        assert found.dtype == torch.float32 and (found - wanted).norm() / wanted.norm() < 0.03
+
+
 def test_a_question_scores_the_same_alone_and_among_others(folder: Path) -> None:
     guide = load_guide(folder)
     together = guide.score([([image], asked) for image, asked in zip(IMAGES, QUESTIONS, strict=True)])

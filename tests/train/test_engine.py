@@ -79,6 +79,15 @@ def test_on_a_gpu_buckets_follow_the_models_width(tmp_path: Path) -> None:
     assert "reduce_bucket_size" not in zero(tmp_path, hidden=None, gpus_per_worker=1)  # DeepSpeed's own
 
 
+def test_the_optimiser_is_one_that_needs_no_compiler() -> None:
+    def params(**compute: Any) -> dict[str, Any]:
+        return deepspeed_config(OptimSection(), ComputeSection(**compute), 2)["optimizer"]["params"]
+
+    assert params()["torch_adam"] and "fused" not in params()
+    assert params(gpus_per_worker=1)["torch_adam"] and params(gpus_per_worker=1)["fused"]
+    assert not params(gpus_per_worker=1, cpu_offload=True)["torch_adam"]
+
+
 def test_on_a_cpu_nothing_overlaps_and_buckets_are_small(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         found = zero(tmp_path, stage=stage, hidden=128)
