@@ -66,7 +66,8 @@ def new_model(size: Size, width: int) -> Any:
     from clinkd.model.rope import RopeGuidance
 
     special = [size.vocabulary - 1 - number for number in range(4)]
-    config = Qwen2VLConfig(
+    config_class: Any = Qwen2VLConfig
+    config = config_class(
         text_config={
             "vocab_size": size.vocabulary, "hidden_size": width, "intermediate_size": 4 * width,
             "num_hidden_layers": LAYERS, "num_attention_heads": width // 64,
@@ -79,7 +80,8 @@ def new_model(size: Size, width: int) -> Any:
         vision_end_token_id=special[3], tie_word_embeddings=True, initializer_range=0.06,
     )  # fmt: skip
     torch.manual_seed(width)
-    model: Any = clinkd_qwen2vl.new_model(config, RopeGuidance()).to(size.device)
+    model: Any = clinkd_qwen2vl.new_model(config, RopeGuidance())
+    model = model.to(size.device)
     model.model.visual.requires_grad_(False)
     return model
 

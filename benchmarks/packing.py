@@ -17,6 +17,7 @@ should be no longer than a few samples. On GPUs flash attention skips what no on
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import tempfile
@@ -43,7 +44,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(chosen.threads)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         sides, lengths = prepared(chosen, Path(folder))
     ray.shutdown()

@@ -65,6 +65,8 @@ def timed_worker(base: Any, out: Path) -> Any:
                 self.engine.step()
 
     class TimedWorker(base):
+        engine: Any
+
         def __init__(self, *arguments: Any) -> None:
             import torch.distributed as dist
 

@@ -128,33 +128,38 @@ def ours(student: Any, batch: dict[str, Any], states: Tensor, head: Tensor, temp
 def compare(
     student: Any,
     batch: dict[str, Any],
-    exact: tuple[Tensor, Tensor],
+    exact: Any,
     given: dict[str, Tensor],
     form: Form,
     temperature: float,
-) -> tuple[float, float, float]:
+) -> tuple[float, ...]:
     """Errors of the divergence and of its gradients by the student's states and head."""
     with torch.no_grad():
         hidden = student.forward_hidden(**batch["inputs"])[:, :-1][batch["chosen"]]
     sides = []
     for cached in (False, True):
-        own = [hidden.clone().requires_grad_(), student.lm_head.weight.detach().clone().requires_grad_()]
-        inputs = (*own, batch["targets"])
+        mine, head = own = [
+            hidden.clone().requires_grad_(), student.lm_head.weight.detach().clone().requires_grad_()
+        ]  # fmt: skip
+        targets = batch["targets"]
         how: dict[str, Any] = {"a": 1.0, "temperature": temperature}
         if not cached:
-            loss = distill_loss(*inputs, *exact, **how)
+            loss = distill_loss(mine, head, targets, exact[0], exact[1], **how)
         elif form.name == "topk":
             tail = tail_at(given["tails"], temperature)
             loss = distill_loss_topk(
-                *inputs,
+                mine,
+                head,
+                targets,
                 given["top_logits"].float(),
                 given["top_ids"].long(),
                 tail,
-                vocabulary=form.vocabulary,
+                vocabulary=form.vocabulary or len(head),
                 **how,
             )
         else:
-            loss = distill_loss(*inputs, given["teacher_hidden"].float(), exact[1], **how)
+            states = given["teacher_hidden"].float()
+            loss = distill_loss(mine, head, targets, states, exact[1], **how)
         sides.append((loss.kd.detach(), *torch.autograd.grad(loss.kd, own)))
     return tuple(float((found - wanted).norm() / wanted.norm()) for wanted, found in zip(*sides, strict=True))
 

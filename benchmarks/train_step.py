@@ -120,7 +120,7 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
     def make_task(rows: Any, scratch: Path) -> Any:
         from clinkd.train import loop
 
-        loop.Worker = timed_worker(loop.Worker, out)  # run_job, which called this, makes one next
+        loop.Worker = timed_worker(loop.Worker, out)  # type: ignore[misc]  # run_job makes one next
         return phantom_task.task(rows_of(rows), model, scratch)
 
     def rows_of(rows: Any) -> Any:
