@@ -290,7 +290,8 @@ def _loss(
     count = count.to(compute_type(hidden))
     scale = torch.where(count > 0, count, 1).reciprocal() * (count > 0)
     plan = _Plan(teacher, a, chunk_size, scale, torch.is_grad_enabled())
-    return DistillLoss(*_ChunkedLoss.apply(hidden, weight, targets, plan))
+    found = _ChunkedLoss.apply(hidden, weight, targets, plan)  # type: ignore[no-untyped-call]  # torch's
+    return DistillLoss(*found)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def collect(task: str, raws: Iterable[object]) -> Scored:
     return Scored(rows, counts, read, dict(sorted(skipped.items())))
 
 
-def recall(scored: Scored, key: str, denominator: str) -> dict[str, dict]:
+def recall(scored: Scored, key: str, denominator: str) -> dict[str, dict[str, Any]]:
     """Recall per modality, macro: ``{"modalities": {"ct": {key, "hits", denominator}}, "mean": {key}}``."""
     sums = {modality: [0, 0] for modality in MODALITIES}
     for row, (hits, total) in zip(scored.rows, scored.counts, strict=True):
