@@ -75,13 +75,7 @@ def prepare(
         DataError: no such source, nothing usable in it, or (strict) a refused row.
         OSError: a bucket could not be read or written, in spite of all tries; the same call goes on.
     """
-    if not 0 <= test_fraction < 1:
-        raise DataError(f"a test fraction of {test_fraction}: it has to be at least 0 and below 1")
-    if not 0 <= validation_fraction < 1 - test_fraction:
-        raise DataError(
-            f"a validation fraction of {validation_fraction}: it has to be at least 0, and below 1 with the "
-            f"test fraction ({test_fraction})"
-        )
+    _check_fractions(test_fraction, validation_fraction)
     found, out = find_source(source, images), storage.absolute(storage.locate(out))
     _keep_apart(found, out)
     work = _begin(out, dry)
@@ -115,6 +109,16 @@ def prepare(
     manifest["shards"] = sorted(writing, key=lambda shard: shard["name"])
     _commit(manifest, out)
     return manifest
+
+
+def _check_fractions(test: float, validation: float) -> None:
+    if not 0 <= test < 1:
+        raise DataError(f"a test fraction of {test}: it has to be at least 0 and below 1")
+    if not 0 <= validation < 1 - test:
+        raise DataError(
+            f"a validation fraction of {validation}: it has to be at least 0, and below 1 with the test "
+            f"fraction ({test})"
+        )
 
 
 def _keep_apart(source: Source, out: Path) -> None:

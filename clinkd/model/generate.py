@@ -99,11 +99,7 @@ def generate_ids(
     """
     if num_return_sequences > 1 and not do_sample:
         raise ValueError("generate: several answers per prompt need do_sample")
-    index = torch.as_tensor(image_index, dtype=torch.long)
-    start = model.config.vision_start_token_id
-    images = [list(prompt).count(start) for prompt in prompts]
-    if len(index) != sum(images):
-        raise ValueError(f"generate: {len(index)} image numbers for {sum(images)} images of the prompts")
+    index = _image_numbers(model, prompts, image_index)
     if not len(prompts):
         return []
     device, repeat = model.device, num_return_sequences
@@ -132,10 +128,25 @@ def generate_ids(
             )
     finally:
         model.train(training)
-    new = written[:, batch["input_ids"].shape[1] :].tolist()
-    end = tokenizer.convert_tokens_to_ids(IM_END)
-    answers = [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
+    answers = _ended(tokenizer, written[:, batch["input_ids"].shape[1] :].tolist())
     return [answers[first : first + repeat] for first in range(0, len(answers), repeat)]
+
+
+def _image_numbers(
+    model: GuidedModel, prompts: Sequence[Sequence[int]], image_index: Tensor | Sequence[int]
+) -> Tensor:
+    """The image of each vision segment of the prompts, of which there have to be as many."""
+    index = torch.as_tensor(image_index, dtype=torch.long)
+    shown = sum(list(prompt).count(model.config.vision_start_token_id) for prompt in prompts)
+    if len(index) != shown:
+        raise ValueError(f"generate: {len(index)} image numbers for {shown} images of the prompts")
+    return index
+
+
+def _ended(tokenizer: Any, written: list[list[int]]) -> list[list[int]]:
+    """Each up to and with its end, behind which there is padding."""
+    end = tokenizer.convert_tokens_to_ids(IM_END)
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in written]
 
 
 def _shared(model: GuidedModel, asked: dict[str, Any], repeat: int) -> dict[str, Any]:

@@ -81,28 +81,12 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
 
 def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibration]:
     """Scores of all samples, calibrated on the training split; retrieval on the test split."""
-    import pyarrow as pa
-
-    from clinkd.data.ingest import read_records
     from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import ScoreSpec, auc, calibrate, grounded, of_split, pairs, patches, score
+    from clinkd.evaluate.alignment import auc, calibrate, grounded, of_split, pairs, patches
 
-    data = run.done["prepare"].path
-    total = sum(1 for _ in samples(data))
-    names = sorted(
-        {item["answer"].strip().lower() for item in samples(data, "test") if item["task"] == "roc"}
-    )
-    run.progress.start("guide: scores", total)
-    tables: list[pa.Table] = []
-    done = 0
-    spec = ScoreSpec(encoder, tuple(names or ["nothing"]))
-    records = read_records(data, blocks=run.blocks)
-    compute = run.config.compute
-    for table in score(records, spec, actors=compute.actors, gpus=compute.gpus_per_actor):
-        tables.append(table)
-        done += len(table)
-        run.progress.update(done, record=False)
-    whole = pa.concat_tables(tables).sort_by("sample")
+    asked = samples(run.done["prepare"].path, "test")
+    names = sorted({item["answer"].strip().lower() for item in asked if item["task"] == "roc"})
+    whole = _logits(run, encoder, names or ["nothing"])
     if guidance(run.config.rope).guided == "patch" and not len(
         whole.column("patches").combine_chunks().values
     ):
@@ -125,6 +109,27 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
     }  # fmt: skip
     run.progress.finish(retrieval_at_1=found["retrieval_at_1"], chance=found["chance"])
     return found, calibration
+
+
+def _logits(run: Run, encoder: str, names: list[str]) -> pa.Table:
+    """What the encoder says of every sample, in their order; ``names``: classes that regions may have."""
+    import pyarrow as pa
+
+    from clinkd.data.ingest import read_records
+    from clinkd.data.shards import samples
+    from clinkd.evaluate.alignment import ScoreSpec, score
+
+    data, compute = run.done["prepare"].path, run.config.compute
+    run.progress.start("guide: scores", sum(1 for _ in samples(data)))
+    tables: list[pa.Table] = []
+    done = 0
+    records = read_records(data, blocks=run.blocks)
+    spec = ScoreSpec(encoder, tuple(names))
+    for table in score(records, spec, actors=compute.actors, gpus=compute.gpus_per_actor):
+        tables.append(table)
+        done += len(table)
+        run.progress.update(done, record=False)
+    return pa.concat_tables(tables).sort_by("sample")
 
 
 def _write_scores(table: pa.Table, calibration: Calibration, folder: Path) -> None:
