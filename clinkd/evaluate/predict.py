@@ -11,7 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,16 +166,22 @@ class Answerer:
             yield {"log_likelihood": float(part.sum()), "tokens": len(part)}
 
 
+def published(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answered rows as the published scripts read them: a running id, one response; in the samples' order."""
+    kept = ("sample", "image", "task", "question", "annotation")
+    ordered = sorted(rows, key=lambda row: _key(row["sample"]))
+    return [
+        {"id": number, **{key: row[key] for key in kept}, "response": row["responses"][0]}
+        for number, row in enumerate(ordered)
+    ]
+
+
 def write_predictions(rows: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Writes prediction lines in the published form (running ids), in the samples' order."""
+    """Writes ``published`` lines."""
     import json
     import os
 
-    lines = []
-    ordered = sorted(rows, key=lambda row: _key(row["sample"]))
-    for number, row in enumerate(ordered):
-        kept = {key: row[key] for key in ("sample", "image", "task", "question", "annotation")}
-        lines.append({"id": number, **kept, "response": row["responses"][0]})
+    lines = published(rows)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     os.replace(unfinished, out)

@@ -72,6 +72,7 @@ def validate(
         ConfigError: no validation split.
     """
     from clinkd.data.records import TASKS
+    from clinkd.evaluate.predict import published
     from clinkd.evaluate.score import score_tasks
 
     def asked(likelihood: bool) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def validate(
         )
         if set(metrics) == {"likelihood"}:
             return scored
-    found, text = asked(likelihood=False), bool({"rc", "mia"} & set(metrics))
+    found, text = published(asked(likelihood=False)), bool({"rc", "mia"} & set(metrics))
     by_task = {task: [row for row in found if row["task"] == task] for task in TASKS}
     wanted = TASKS if text else ("vg", "roc")
     result = score_tasks({task: by_task[task] for task in wanted}, text_metrics=text)
