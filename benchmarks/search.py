@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def compare(folder: Path, seed: int, chosen: argparse.Namespace) -> float:
     random = swept(folder, "random", seed, chosen, {"sampler": "random", "scheduler": "none"})
     mark = max(row["likelihood"] for row in random if row["state"] == "complete")
     whole = sum(row["step"] for row in random)
+    for student in (folder / "runs" / "artifacts").glob("distill-*"):
+        shutil.rmtree(student)  # both sides draw the same values first, and are to train them
     rows = swept(
         folder, "tpe", seed, chosen, {"sampler": "tpe", "scheduler": "asha", "grace": 10, "reduction": 2}
     )
