@@ -49,9 +49,10 @@ class SweepSection(Section):
         "and mia (ROUGE-L), score (mean of vg and roc), likelihood (of a true answer's token: quick, "
         "and tells models apart long before they answer well); several: their Pareto front"
     )  # fmt: skip
-    sampler: Literal["tpe", "nsga2", "random", "grid"] = Field(
-        "tpe", description="Optuna's; grid: every combination of choices, ints and quniforms"
-    )
+    sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = Field(
+        "tpe", description="Optuna's; gp: a Gaussian process, which wants fewer trials where a few numbers are "
+        "swept; grid: every combination of choices, ints and quniforms"
+    )  # fmt: skip
     scheduler: Literal["none", "asha", "hyperband", "pbt"] = Field(
         "none", description="asha, hyperband: trials that fall behind at a rung end there; pbt: they go on "
         "from a better one's weights with its settings perturbed"

@@ -193,10 +193,11 @@ def sampler(config: RunConfig, number: int) -> Any:
         return samplers.RandomSampler(seed=seed)
     if kind == "nsga2":
         return samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, config.sweep.trials // 4)))
+    first = min(10, 1 + config.sweep.trials // 3)  # drawn at random
+    if kind == "gp":
+        return samplers.GPSampler(seed=seed, n_startup_trials=first)
     # A trial that is still running counts as a poor one, so that two at one time are not drawn alike.
-    return samplers.TPESampler(
-        seed=seed, constant_liar=True, n_startup_trials=min(10, 1 + config.sweep.trials // 3)
-    )
+    return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=first)
 
 
 def combinations(config: RunConfig) -> list[dict[str, Any]]:

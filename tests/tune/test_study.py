@@ -66,7 +66,7 @@ def outcome(made: RunConfig) -> list[tuple[Any, ...]]:
     return [(trial.number, trial.state.name, trial.values, trial.params) for trial in trials]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "nsga2"])
 @pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband"])
 def test_cut_off_twice_it_comes_out_the_same(tmp_path: Path, sampler: str, scheduler: str) -> None:
     options = {"sampler": sampler, "scheduler": scheduler, "grace": 100}
