@@ -50,8 +50,8 @@ class SweepSection(Section):
         "and tells models apart long before they answer well); several: their Pareto front"
     )  # fmt: skip
     sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = Field(
-        "tpe", description="Optuna's; gp: a Gaussian process, which wants fewer trials where a few numbers are "
-        "swept; grid: every combination of choices, ints and quniforms"
+        "tpe", description="Optuna's; gp: a Gaussian process, which wants fewer trials where a few numbers "
+        "are swept; grid: every combination of choices, ints and quniforms"
     )  # fmt: skip
     scheduler: Literal["none", "asha", "hyperband", "pbt"] = Field(
         "none", description="asha, hyperband: trials that fall behind at a rung end there; pbt: they go on "
