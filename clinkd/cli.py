@@ -242,7 +242,8 @@ def sweep(
     """Search the keys in sweep.space with Ray Tune and Optuna; trials share one teacher.
 
     The same command again goes on with a sweep that was killed. It leaves best.yaml (for clinkd run),
-    sweep.json and sweep/study.db (for optuna-dashboard) in the run's folder.
+    sweep.json and sweep/study.db (for optuna-dashboard) in the run's folder; of a population, whose settings
+    change under way, sweep.json tells them and where the best student lies.
     Example: clinkd sweep configs/sweeps/tiny.yaml sweep.trials=8
     """
     from clinkd.config import load_config
@@ -259,7 +260,9 @@ def sweep(
     typer.echo(account(swept.facts))
     if (swept.folder / "best.yaml").is_file():
         typer.echo(f"best: clinkd run {swept.folder}/best.yaml")
-        typer.echo(f"page: {swept.folder}/sweep.html")
+    elif swept.rows and swept.rows[0]["model"]:  # a population's: no one configuration made it
+        typer.echo(f"best: trial {swept.rows[0]['trial']}, its student lies in {swept.rows[0]['model']}")
+    typer.echo(f"page: {swept.folder}/sweep.html")
 
 
 def ablate(

@@ -5,6 +5,7 @@ Both are pickled with Ray Tune's notes; the study itself is not: it stays with t
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -49,6 +50,10 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Notes a rung; whether the trial is to go on."""
         trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
         trial.set_user_attr("step", result["step"])
+        if result["done"] and result.get("model"):
+            trial.set_user_attr("model", result["model"])
+        if self.asker.config.sweep.scheduler == "pbt":
+            trial.set_user_attr("settings", json.loads(result["settings"]))
         if self.board is not None:
             self.board.rung(trial.number, {name: result[name] for name in names}, result["step"])
         if len(names) > 1:  # Optuna prunes by one number only

@@ -17,7 +17,8 @@ BEFORE = ("data.", "guide.", "model.vision", "teacher.", "sft.", "distill.cache"
 
 def rows_of(study: Any, config: RunConfig) -> list[dict[str, Any]]:
     """Trials, best first: ``trial``, ``state``, ``values``, scores by name, ``step``, ``seconds``, ``error``,
-    ``rungs`` ({step: score}), ``front`` (on the Pareto front).
+    ``rungs`` ({step: score}), ``front`` (on the Pareto front), ``model`` (the folder of a student that is at
+    its end) and, of a population, ``settings`` (all values that made it, each ``from`` a step on).
     """
     names = config.sweep.metrics
     front = {trial.number for trial in study.best_trials} if len(names) > 1 else set()
@@ -32,7 +33,8 @@ def rows_of(study: Any, config: RunConfig) -> list[dict[str, Any]]:
              "values": trial.user_attrs.get("values", trial.params),
              "step": trial.user_attrs.get("step"), "seconds": seconds, "error": trial.user_attrs.get("error"),
              "rungs": {str(step): value for step, value in sorted(trial.intermediate_values.items())},
-             "front": trial.number in front}
+             "front": trial.number in front, "model": trial.user_attrs.get("model")}
+            | {key: trial.user_attrs[key] for key in ("settings",) if key in trial.user_attrs}
         )  # fmt: skip
     order = ("complete", "pruned", "running", "fail", "waiting")
     rows.sort(

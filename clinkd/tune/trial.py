@@ -85,11 +85,16 @@ class Trial:
     warm: Warm
     number: int = 0
     lineage: list[str] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)  # values, each with the step they hold from
     start: Path | None = None  # a checkpoint to begin from
     step: int = 0
     cloned: dict[str, Any] | None = None  # the checkpoint it began from, until its first rung after that
     reached: Path | None = None  # the checkpoint of the last rung, where that was not the end
     draft: Path | None = None  # the unfinished artifact
+    model: Path | None = None  # the student, once it is at its end
+
+    def __post_init__(self) -> None:
+        self.settings = self.settings or [{"from": 0, "values": self.values}]
 
     def advance(self) -> dict[str, Any]:
         """Trains to the next rung; returns its scores, ``step`` and whether it was the last (``done``)."""
@@ -107,6 +112,7 @@ class Trial:
             self.step = target
             return known[str(target)] | {
                 "step": target, "total": total, "done": target == total, "draft": str(self.draft or ""),
+                "model": str(self.model or ""), "settings": json.dumps(self.settings),
             }  # fmt: skip
 
     def _known(self, run: Run) -> dict[str, Any]:
@@ -133,6 +139,7 @@ class Trial:
         if last and reflects(self.values, run.config):
             _patiently(lambda: reflect(run))
             model = run.done["reflect"].path / "model"
+        self.model = model if last else None
         if last and self.base.sweep.test:
             outcome.evaluate(run, "reflect" if "reflect" in run.done else "distill")
         scores = outcome.validate(
@@ -205,6 +212,7 @@ class SweepTrial(tune.Trainable):
         folder, trial = Path(checkpoint_dir), self._trial
         facts: dict[str, Any] = {
             "trial": trial.number, "step": trial.step, "lineage": trial.lineage, "values": trial.values,
+            "settings": trial.settings,
         }  # fmt: skip
         if trial.reached is not None:
             shutil.copytree(trial.reached, folder / trial.reached.name)
@@ -222,6 +230,8 @@ class SweepTrial(tune.Trainable):
         kept = Path(tempfile.mkdtemp(prefix="clinkd-")) / start.name  # Ray Tune's own folder may go
         own.start, own.step = shutil.copytree(start, kept), facts["step"]
         own.lineage = [*facts["lineage"], mark]
+        changed = own.values != facts["values"]
+        own.settings = facts["settings"] + ([{"from": own.step, "values": own.values}] if changed else [])
         if facts["trial"] != own.number:  # else it was only paused
             own.cloned = {
                 "trial": own.number, "from": facts["trial"], "step": own.step,

@@ -173,6 +173,10 @@ def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
     rows = json.loads((folder / "runs" / "swept" / "sweep.json").read_text())["trials"]
     drawn = {row["values"]["distill.optim.lr"] for row in rows}
     assert not drawn & {clone["values"]["distill.optim.lr"] for clone in clones}  # perturbed
+    best = rows[0]  # no configuration made it, but it is there, and what made it
+    assert (Path(best["model"]) / "model.safetensors").is_file() and "its student lies in" in done.stdout
+    assert best["settings"][0]["from"] == 0 and all(row["settings"] for row in rows)
+    assert any(len(row["settings"]) > 1 for row in rows)
 
 
 def cosine(step: int, total: int) -> float:
