@@ -59,7 +59,7 @@ BENCHES = (
     Bench("candidates", (), (
         Number("candidates, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
     )),
-    Bench("predict", (), (
+    Bench("predict", ("--images", "12", "--rounds", "2"), (
         Number("answers in batches, times one at a time", r"^batches.* ([\d.]+)x$", True),
     )),
     Bench("text_metrics", ("--rounds", "1"), (

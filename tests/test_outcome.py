@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from phantom_rows import phantom_row
 
-from clinkd.config import RunConfig
+from clinkd.config import ConfigError, RunConfig
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.prepare import prepare
 from clinkd.evaluate.predict import Answerer, PredictSpec
@@ -41,6 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Knowing:
     """A pool whose model is the real one, and which then says what is true, of one task or of all."""
 
+    image: str | None = None  # in the place of the images' names
+
     def __init__(self, task: str | None) -> None:
         self.task = task
 
@@ -48,11 +50,10 @@ class Knowing:
         answerer = Answerer(spec)
         for number, records, _ in parts:
             rows = sorted(answerer.answer(records), key=lambda row: row["sample"])
-            knows = [self.task in (None, row["task"]) for row in rows]
-            yield number, [
-                row | {"responses": [row["annotation"] if known else "nothing"]}
-                for row, known in zip(rows, knows, strict=True)
-            ]
+            for row in rows:
+                row["responses"] = [row["annotation"] if self.task in (None, row["task"]) else "nothing"]
+                row["image"] = self.image or row["image"]
+            yield number, rows
 
 
 def scored(data: Path, model: Path, task: str | None, *metrics: str) -> dict[str, float]:
@@ -71,6 +72,15 @@ def test_who_says_what_is_true_gets_everything(data: Path, model: Path) -> None:
 def test_each_task_has_its_score(data: Path, model: Path, task: str) -> None:
     other = {"vg": "roc", "roc": "vg"}[task]
     assert scored(data, model, task) == pytest.approx({task: 1.0, other: 0.0, "score": 0.5})
+
+
+def test_where_nothing_can_be_scored_it_is_said(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images whose names tell no modality, say: a 0 would look like a poor model."""
+    monkeypatch.setattr(Knowing, "image", "scan-17.png")
+    with pytest.raises(ConfigError, match=r"vg questions .* be scored \(unknown_modality \d+\)"):
+        scored(data, model, None)
 
 
 def test_texts_are_scored_where_they_are_wanted(data: Path, model: Path) -> None:

@@ -69,7 +69,7 @@ def validate(
         and ``mia`` (ROUGE-L), each the mean over modalities. All in [0, 1].
 
     Raises:
-        ConfigError: no validation split.
+        ConfigError: no validation split, or no answer of a task in it that can be scored.
     """
     from clinkd.data.records import TASKS
     from clinkd.evaluate.predict import published
@@ -91,6 +91,14 @@ def validate(
     by_task = {task: [row for row in found if row["task"] == task] for task in TASKS}
     wanted = TASKS if text else ("vg", "roc")
     result = score_tasks({task: by_task[task] for task in wanted}, text_metrics=text)
+    for task in wanted:
+        left = result[task]["skipped"]
+        if by_task[task] and sum(left.values()) == len(by_task[task]):  # a 0 would look like a poor model
+            reasons = ", ".join(f"{reason} {count}" for reason, count in left.items())
+            raise ConfigError(
+                f"sweep.metric: of {len(by_task[task])} {task} questions of the validation split no answer "
+                f"can be scored ({reasons}); take likelihood"
+            )
     scored |= {"vg": result["vg"]["mean"]["recall_at_50"], "roc": result["roc"]["mean"]["recall"]}
     scored["score"] = (scored["vg"] + scored["roc"]) / 2
     return scored | ({task: result[task]["mean"]["rouge_l"] for task in ("rc", "mia")} if text else {})
