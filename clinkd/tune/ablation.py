@@ -33,6 +33,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "reflected": UNGUIDED | TRUTH_ALONE,
     "all": {},
 }
+HEADLINE = {
+    "vg": "recall_at_50_published", "roc": "recall_published", "rc": "rouge_l_words", "mia": "rouge_l_words",
+}  # fmt: skip
+"""What a task is first of all asked about."""
 
 
 def arms(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -85,8 +89,8 @@ def ablate(config: RunConfig, seeds: int) -> dict[str, Any]:
         against = compare(read["sft"], read[name]) if name != "sft" and found and read["sft"] else None
         result["arms"][name] = {"runs": [folder.name for folder in found], "against": against}
     write_whole(swept.folder / "ablation.json", json.dumps(result, indent=1))
-    text = table(result)
-    write_whole(swept.folder / "ablation.md", text + "\n")
+    text = f"{table(result)}\n\nEvery metric:\n\n{whole_table(result)}\n"
+    write_whole(swept.folder / "ablation.md", text)
     return result
 
 
@@ -95,23 +99,50 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Arms by metrics as a Markdown table: mean over seeds, difference to SFT with its 95% interval and p."""
-    compared = {name: arm["against"] for name, arm in result["arms"].items() if arm["against"]}
+    """Arms by ``HEADLINE`` in Markdown: mean over seeds; difference to SFT, its 95% interval and p."""
+    compared = _compared(result)
     if not compared:
         return "ablation: no arm has ended"
-    tasks = next(iter(compared.values()))["tasks"]
-    columns = [(task, metric) for task, metrics in tasks.items() for metric in metrics]
-    heads = ["arm", "seeds", *(f"{task} {metric}" for task, metric in columns)]
-    lines = [heads, ["---"] * len(heads)]
+    columns = [(task, metric) for task, metric in _asked(compared) if metric == HEADLINE[task]]
+    lines = [["arm", "seeds", *(f"{task} {metric}" for task, metric in columns)]]
     for name, arm in result["arms"].items():
-        cells = [name, str(len(arm["runs"]))]
-        for task, metric in columns:
-            if arm["against"] is None:
-                first = next(iter(compared.values()))["tasks"][task][metric]["first"]
-                cells.append(f"{first:.4f}" if name == "sft" else "-")
-                continue
-            found = arm["against"]["tasks"][task][metric]
-            between = f"{found['low']:+.4f}…{found['high']:+.4f}"
-            cells.append(f"{found['second']:.4f} ({found['difference']:+.4f}, {between}, p {found['p']:.3f})")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [_cell(compared, name, task, metric) for task, metric in columns]
+        lines.append([name, str(len(arm["runs"])), *cells])
+    return _markdown(lines)
+
+
+def whole_table(result: dict[str, Any]) -> str:
+    """The same of every metric, which are the rows."""
+    compared = _compared(result)
+    lines = [["", *result["arms"]]]
+    for task, metric in _asked(compared):
+        cells = [_cell(compared, name, task, metric) for name in result["arms"]]
+        lines.append([f"{task} {metric}", *cells])
+    return _markdown(lines)
+
+
+def _compared(result: dict[str, Any]) -> dict[str, Any]:
+    """Of each arm that has ended and has somebody to be compared with: its numbers by task and metric."""
+    return {name: arm["against"]["tasks"] for name, arm in result["arms"].items() if arm["against"]}
+
+
+def _asked(compared: dict[str, Any]) -> list[tuple[str, str]]:
+    """Tasks and metrics that something was asked about."""
+    tasks: dict[str, Any] = next(iter(compared.values()), {})
+    found = [(task, metric) for task in tasks for metric in tasks[task]]
+    return [(task, metric) for task, metric in found if tasks[task][metric]["first"] is not None]
+
+
+def _cell(compared: dict[str, Any], name: str, task: str, metric: str) -> str:
+    if name == "sft":  # what the others are compared with
+        return f"{next(iter(compared.values()))[task][metric]['first']:.4f}"
+    if name not in compared:
+        return "-"
+    found = compared[name][task][metric]
+    between = f"{found['low']:+.4f}…{found['high']:+.4f}"
+    return f"{found['second']:.4f} ({found['difference']:+.4f}, {between}, p {found['p']:.3f})"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
