@@ -61,7 +61,8 @@ def compare(folder: Path, seed: int, chosen: argparse.Namespace) -> float:
     mark = max(row["likelihood"] for row in random if row["state"] == "complete")
     whole = sum(row["step"] for row in random)
     for student in (folder / "runs" / "artifacts").glob("distill-*"):
-        shutil.rmtree(student)  # both sides draw the same values first, and are to train them
+        if student.is_dir():  # beside them lie their locks
+            shutil.rmtree(student)  # both sides draw the same values first, and are to train them
     rows = swept(
         folder, "tpe", seed, chosen, {"sampler": "tpe", "scheduler": "asha", "grace": 10, "reduction": 2}
     )
