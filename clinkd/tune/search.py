@@ -15,7 +15,9 @@ from ray.tune.search import Searcher
 from clinkd.config import ParameterSpace, RunConfig
 from clinkd.tune.board import Board
 from clinkd.tune.space import ends
-from clinkd.tune.study import Asker
+from clinkd.tune.study import Asker, sweep_folder
+
+CLONES = "clones.jsonl"
 
 
 class StudySearch(Searcher):  # type: ignore[misc]
@@ -25,6 +27,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         super().__init__(metric=asker.config.sweep.metrics[0], mode="max")
         self.asker, self.board = asker, board
         self.trials: dict[str, Any] = {}
+        self.numbers: dict[str, int] = {}  # of trials that are no more as well
         self.pruned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,6 +38,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if found is None:
             return Searcher.FINISHED
         self.trials[trial_id], values = found
+        self.numbers[trial_id] = self.trials[trial_id].number
         return {"values": values, "number": self.trials[trial_id].number}
 
     def all_at_once(self) -> list[dict[str, Any]]:
@@ -54,6 +58,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
             trial.set_user_attr("model", result["model"])
         if self.asker.config.sweep.scheduler == "pbt":
             trial.set_user_attr("settings", json.loads(result["settings"]))
+            self._note_clone(result)
         if self.board is not None:
             self.board.rung(trial.number, {name: result[name] for name in names}, result["step"])
         if len(names) > 1:  # Optuna prunes by one number only
@@ -65,6 +70,14 @@ class StudySearch(Searcher):  # type: ignore[misc]
             return True
         self.pruned.add(trial_id)
         return False
+
+    def _note_clone(self, result: dict[str, Any]) -> None:
+        """A line of clones.jsonl: what a trial went on from, and the learning rate of its next step."""
+        if result["cloned"]:
+            clone = json.loads(result["cloned"])
+            clone |= {side: self.numbers[clone[side]] for side in ("trial", "from")}
+            with (sweep_folder(self.asker.config) / CLONES).open("a") as file:
+                file.write(json.dumps(clone) + "\n")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # the scheduler looked, before
@@ -128,7 +141,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         return {key: value for key, value in self.__dict__.items() if key != "search"}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self.search.trials[trial.trial_id] = self.search.trials.pop(str(trial.config["trial"]["number"]))
+        number = trial.config["trial"]["number"]
+        self.search.trials[trial.trial_id] = self.search.trials.pop(str(number))
+        self.search.numbers[trial.trial_id] = number
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ Decisions:
 - Scores come from the validation split: the test split is for the one configuration that is chosen.
 - A clone (population based training) has its own lineage in the fingerprints of its stages: a model trained
   under changing settings never stands in the store for one trained under the last of them.
+- Who a trial is says Ray Tune's id of it: of a clone, everything in its configuration is the other's.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ class Trial:
     values: dict[str, Any]
     base: RunConfig
     warm: Warm
-    number: int = 0
+    key: str = ""  # Ray Tune's id of it
     lineage: list[str] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)  # values, each with the step they hold from
     start: Path | None = None  # a checkpoint to begin from
     step: int = 0
-    cloned: dict[str, Any] | None = None  # the checkpoint it began from, until its first rung after that
+    cloned: dict[str, Any] | None = None  # the checkpoint it began from, until the next rung tells of it
     reached: Path | None = None  # the checkpoint of the last rung, where that was not the end
     draft: Path | None = None  # the unfinished artifact
     model: Path | None = None  # the student, once it is at its end
@@ -113,6 +114,7 @@ class Trial:
             return known[str(target)] | {
                 "step": target, "total": total, "done": target == total, "draft": str(self.draft or ""),
                 "model": str(self.model or ""), "settings": json.dumps(self.settings),
+                "cloned": self._told_clone(),
             }  # fmt: skip
 
     def _known(self, run: Run) -> dict[str, Any]:
@@ -147,23 +149,21 @@ class Trial:
             self.base.sweep.metrics,
         )  # fmt: skip
         if self.cloned is not None:
-            self._note_clone(run.done["distill"].path if last else self.draft)
+            self.cloned |= self._first(run.done["distill"].path if last else self.draft)
         if not last:
             shutil.rmtree(model, ignore_errors=True)
         return target, scores
 
-    def _note_clone(self, made: Path | None) -> None:
-        """A line about what it was cloned from, and the learning rate of its first step after."""
+    def _first(self, made: Path | None) -> dict[str, Any]:
+        """Of the first step after a clone: its number and its learning rate; and the values from there on."""
         assert made is not None
         first = json.loads((made / "metrics.jsonl").read_text().splitlines()[0])
-        note = (self.cloned or {}) | {
-            "values": self.values,
-            "first_step": first["step"],
-            "first_lr": first["lr"],
-        }
-        with (self.warm.folder.parent / "clones.jsonl").open("a") as file:
-            file.write(json.dumps(note) + "\n")
-        self.cloned = None
+        return {"values": self.values, "first_step": first["step"], "first_lr": first["lr"]}
+
+    def _told_clone(self) -> str:
+        """What it was cloned from, for the driver, which notes it; empty where it was not."""
+        told, self.cloned = self.cloned, None
+        return json.dumps(told) if told else ""
 
 
 def newest(folder: Path) -> Path | None:
@@ -200,7 +200,7 @@ class SweepTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         chosen = new_config.get("trial", new_config)
-        self._trial = Trial(dict(chosen["values"]), self._base, self._warm, chosen["number"])
+        self._trial = Trial(dict(chosen["values"]), self._base, self._warm, self.trial_id)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class SweepTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         folder, trial = Path(checkpoint_dir), self._trial
         facts: dict[str, Any] = {
-            "trial": trial.number, "step": trial.step, "lineage": trial.lineage, "values": trial.values,
+            "trial": trial.key, "step": trial.step, "lineage": trial.lineage, "values": trial.values,
             "settings": trial.settings,
         }  # fmt: skip
         if trial.reached is not None:
@@ -232,9 +232,9 @@ class SweepTrial(tune.Trainable):
         own.lineage = [*facts["lineage"], mark]
         changed = own.values != facts["values"]
         own.settings = facts["settings"] + ([{"from": own.step, "values": own.values}] if changed else [])
-        if facts["trial"] != own.number:  # else it was only paused
+        if facts["trial"] != own.key:  # else it was only paused
             own.cloned = {
-                "trial": own.number, "from": facts["trial"], "step": own.step,
+                "trial": own.key, "from": facts["trial"], "step": own.step,
                 "source": facts["weights"], "weights": digest(own.start),
             }  # fmt: skip
 
