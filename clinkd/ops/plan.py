@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.config import RunConfig
-from clinkd.ops import cost, lint
+from clinkd.ops import cost, lint, trials
 from clinkd.reflect.rounds import generations
 from clinkd.stages.online import asks_teacher
-from clinkd.tune.space import reflects, rungs, trials_wanted
+from clinkd.tune.space import trials_wanted
 
 if TYPE_CHECKING:
     from clinkd.ops.calibrate import Measured
@@ -85,7 +85,7 @@ def plan(
         "node": _node(look),
         "checkpoints": _checkpoints(look, rows, options.mtbf),
         "reflection": list(_reflection(config)),
-        "sweep": list(_sweep(config)),
+        "sweep": list(trials.told(look, rows, card)),
     }
     found["warnings"] = list(_warnings(look, found, options))
     return found
@@ -327,44 +327,6 @@ def _remedy(here: Any, tables: list[dict[str, Any]], name: str) -> str | None:
     if best is None:
         return None
     return f"ZeRO-{best[0]} on {best[1]} GPUs fits: set compute.zero_stage and compute.workers"
-
-
-def _sweep(config: RunConfig) -> Iterator[str]:
-    """What the trials of a sweep come to, at most."""
-    options, optim, compute = config.sweep, config.distill.optim, config.compute
-    if not options.space:
-        return
-    trials = trials_wanted(config)
-    needs = f"{compute.workers * compute.cpus_per_worker:g} CPUs"
-    if compute.gpus_per_worker:
-        needs += f" and {compute.workers * compute.gpus_per_worker:g} GPUs"
-    yield (
-        f"sweep: {trials} trials over {len(options.space)} keys, each on {needs}; data, guide, teacher and "
-        "cache are made once"
-    )
-    if optim.steps is None:
-        yield f"sweep: a trial takes {optim.epochs:g} epochs of the data"
-        return
-    scored = rungs(config, optim.steps)
-    extra = config.reflect.optim.steps if reflects(options.space, config) else 0
-    steps = optim.steps + config.reflect.rounds * (extra or 0)
-    yield (
-        f"sweep: a trial takes at most {steps:,} training steps and is scored after {_listed(scored)}, on "
-        f"{options.questions:,} validation questions each time; at most {trials * steps:,} steps in all "
-        f"and {trials * len(scored) * options.questions:,} answers"
-    )
-    if options.scheduler in ("asha", "hyperband"):
-        keep = 1 / options.reduction
-        least = sum(
-            (after - before) * max(1, round(trials * keep**at))
-            for at, (before, after) in enumerate(zip([0, *scored], scored, strict=False))
-        )
-        yield f"sweep: with {options.scheduler}, about {least:,} steps, as one in {options.reduction} goes on"
-
-
-def _listed(numbers: list[int]) -> str:
-    """The first few of them."""
-    return ", ".join(map(str, numbers[:6])) + (", …" if len(numbers) > 6 else "")
 
 
 def _reflection(config: RunConfig) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,28 @@ def test_mistakes_are_one_line_and_2(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_a_sweep_still_says_its_trials() -> None:
     found = planned(CONFIGS / "sweeps" / "tiny.yaml")
     assert any(line.startswith("sweep:") for line in found["sweep"]) and found["disk"]["trials"] > 0
+
+
+@pytest.mark.parametrize("name", ["joint", "rope_guidance", "distillation", "reflection", "population"])
+def test_a_preset_says_the_hours_that_are_planned(name: str) -> None:
+    path = CONFIGS / "sweeps" / f"{name}.yaml"
+    line = planned(path)["sweep"][-1].removeprefix("sweep: ")
+    assert line.startswith("its trials take")
+    assert f"# On two CPU cores, no GPU, by `clinkd plan`: {line}." in path.read_text()
+
+
+def test_a_trials_hours_are_its_own_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice the trials take twice the time, what they share stays; ASHA ends some of them."""
+
+    def hours(*overrides: str) -> tuple[float, float]:
+        line = planned(CONFIGS / "sweeps" / "rope_guidance.yaml", *overrides)["sweep"][-1]
+        found = re.search(r"take ([\d.]+) to .* share ([\d.]+) to", line)
+        assert found
+        return float(found[1]), float(found[2])
+
+    few, many = (hours(f"sweep.trials={count}", "sweep.scheduler=none") for count in (24, 48))
+    assert many[0] == pytest.approx(2 * few[0], rel=0.06) and many[1] == few[1]
+    assert hours("sweep.trials=24")[0] < few[0]
 
 
 def test_a_nodes_memory_holds_what_gpus_do_not(capsys: pytest.CaptureFixture[str]) -> None:
