@@ -105,7 +105,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def failed(self, trial_id: str, error: BaseException | None) -> None:
         """Notes the type of a trial's error; its text may name data."""
         if trial_id in self.trials:
-            cause: Any = getattr(error, "cause", None) or error
+            cause: Any = getattr(error, "cause", None)
+            if not isinstance(cause, BaseException):  # Ray keeps the text alone of what cannot be pickled
+                cause = error
             self.trials[trial_id].set_user_attr("error", type(cause).__name__)
 
     def save(self, checkpoint_path: str) -> None:
