@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from phantom_rows import phantom_row
+from phantom_rows import phantom_model
 
 from clinkd.config import ConfigError, RunConfig
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.prepare import prepare
 from clinkd.evaluate.predict import Answerer, PredictSpec
-from clinkd.model.presets import TinySize, write_new_model
 from clinkd.progress import Progress
 from clinkd.stages.asking import Desks, Records
 from clinkd.stages.outcome import validate
@@ -32,10 +31,7 @@ def data(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [phantom_row(PHANTOMS, number) for number in range(5)]
-    texts = [turn[key] for row in rows for turn in row["turns"] for key in ("question", "answer")]
-    size = TinySize(hidden=64, layers=1, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
-    return Path(write_new_model(texts, size, tmp_path_factory.mktemp("model"), vocab_size=400, seed=0))
+    return phantom_model(PHANTOMS, tmp_path_factory.mktemp("model"), layers=1)
 
 
 class Knowing:

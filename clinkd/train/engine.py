@@ -9,8 +9,8 @@ Decisions:
   early in the backward pass. Tiny models get larger ones: a collective has a price of its own.
 - On a CPU nothing overlaps: collectives hold the thread. Buckets take a tiny model whole, but not the two
   gigabytes of DeepSpeed's default, which it sets aside.
-- The optimiser is torch's AdamW, on a GPU in its fused form. DeepSpeed's own compiles CUDA or C++ code first:
-  a minute, a compiler and CUDA's headers on every node, and it stops where the architecture list of NVIDIA's
+- The optimiser is torch's AdamW, on a GPU in its fused form. DeepSpeed's own compiles CUDA or C++ code first,
+  with a compiler and CUDA's headers on every node, and stops where the architecture list of NVIDIA's
   images names a "10.0a". Offloaded it stays DeepSpeed's, which is made for weights in the main memory.
 - On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
   behind, for which every later one would wait for ever. So they load under a lock of the operating system's,

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from phantom_rows import phantom_row
+from phantom_rows import phantom_model, phantom_row
 
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.evaluate.predict import Answerer, PredictSpec
-from clinkd.model.presets import TinySize, write_new_model
 
 PHANTOMS = PhantomSpec(5, size=56)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rows = [phantom_row(PHANTOMS, number) for number in range(5)]
-    texts = [turn[key] for row in rows for turn in row["turns"] for key in ("question", "answer")]
-    size = TinySize(hidden=64, layers=2, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
-    return str(write_new_model(texts, size, tmp_path_factory.mktemp("model"), vocab_size=400, seed=0))
+    return str(phantom_model(PHANTOMS, tmp_path_factory.mktemp("model"), layers=2))
 
 
 def test_it_is_the_loss_of_each_answer_alone(model: str) -> None:
