@@ -66,7 +66,7 @@ def plan(
     card = cost.accelerator(options.gpu, options.price)
     load = workload_of(config, options.records, options.questions)
     look = Outlook(config, load)
-    gpu, devices = look.gpu, _devices(config)
+    gpu, devices = look.gpu, look.devices
     rows = [_stage(look, stage, card, measured.get(_kind(stage.name))) for stage in look.stages()]
     rows += list(_asking(look, card))
     found: dict[str, Any] = {
@@ -91,11 +91,6 @@ def plan(
     return found
 
 
-def _devices(config: RunConfig) -> float:
-    compute = config.compute
-    return compute.workers * (compute.gpus_per_worker or compute.cpus_per_worker)
-
-
 def _kind(name: str) -> str:
     """Rounds of reflection are all measured by the first."""
     return "reflect" if name.startswith("reflect") else name
@@ -115,15 +110,14 @@ def _models(look: Outlook) -> list[dict[str, Any]]:
 
 def _stage(look: Outlook, stage: Stage, card: cost.Accelerator, found: Measured | None) -> dict[str, Any]:
     steps, work = look.steps(stage), look.step_flops(stage)
-    peak = card.peak if look.gpu else cost.CPU_PEAK
-    devices = _devices(look.config)
-    band = cost.hours(work * steps, peak, devices, cost.MFU if look.gpu else cost.CPU_MFU)
+    peak, devices = look.peak(card), look.devices
     images = look.per_step(stage)
     row: dict[str, Any] = {
         "name": stage.name, "steps": steps, "given": stage.optim.steps is not None,
         "epochs": stage.optim.epochs, "images_a_step": images,
         "questions_a_step": images * stage.optim.questions_per_image, "zero_stage": stage.zero,
-        "flops_a_step": work, "memory": look.memory(stage), "hours": list(band), "measured": None,
+        "flops_a_step": work, "memory": look.memory(stage), "hours": look.hours(work * steps, card),
+        "measured": None,
     }  # fmt: skip
     row["total"] = sum(row["memory"].values())
     if found is not None:
@@ -157,12 +151,10 @@ def _asking(look: Outlook, card: cost.Accelerator) -> Iterator[dict[str, Any]]:
         if not count:
             continue
         work = look.answer_flops(subject, count)
-        peak = card.peak if look.gpu else cost.CPU_PEAK
-        devices = _devices(config)
-        band = list(cost.hours(work, peak, devices, cost.MFU if look.gpu else cost.CPU_MFU))
+        band = look.hours(work, card)
         yield {
             "name": name, "answers": count, "flops": work, "hours": band, "asks": True,
-            "price": [each * devices * card.price for each in band] if look.gpu else None,
+            "price": [each * look.devices * card.price for each in band] if look.gpu else None,
         }  # fmt: skip
 
 
@@ -269,7 +261,7 @@ def _head_bytes(look: Outlook, element: int) -> float:
 def _checkpoints(look: Outlook, rows: list[dict[str, Any]], given: float | None) -> list[dict[str, Any]]:
     """For each stage, how far apart checkpoints best are."""
     every, found = look.config.compute.checkpoint_every, []
-    mtbf = cost.job_mtbf(_devices(look.config), given)
+    mtbf = cost.job_mtbf(look.devices, given)
     trained = {row["name"]: row for row in rows if not row.get("asks")}
     for stage in look.stages():
         row = trained[stage.name]

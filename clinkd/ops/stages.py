@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from clinkd.config import OptimSection, RunConfig
-from clinkd.ops import memory
+from clinkd.ops import cost, memory
 from clinkd.ops.memory import Batch, Setting
 from clinkd.ops.subject import Subject, source_of
 from clinkd.ops.workload import Workload
@@ -39,6 +39,20 @@ class Outlook:
         self.config, self.workload = config, workload
         self.element = 2 if config.compute.precision == "bf16" else 4
         self.gpu = config.compute.gpus_per_worker > 0
+
+    @property
+    def devices(self) -> float:
+        """GPUs, or CPUs, of all workers."""
+        compute = self.config.compute
+        return compute.workers * (compute.gpus_per_worker or compute.cpus_per_worker)
+
+    def peak(self, card: cost.Accelerator) -> float:
+        """FLOPs a second of one of them."""
+        return card.peak if self.gpu else cost.CPU_PEAK
+
+    def hours(self, work: float, card: cost.Accelerator) -> list[float]:
+        """At least and at most, for ``work`` FLOPs on all of them."""
+        return list(cost.hours(work, self.peak(card), self.devices, cost.MFU if self.gpu else cost.CPU_MFU))
 
     @cached_property
     def teacher(self) -> Subject:

@@ -74,10 +74,7 @@ def _hours(
     """Of the trials, ``share`` of whose steps and rungs are taken, and of what they share."""
     config = look.config
     own, once = _parts(config, rows)
-    answers = look.answer_flops(look.student, trials * rungs * config.sweep.questions)
-    devices = config.compute.workers * (config.compute.gpus_per_worker or config.compute.cpus_per_worker)
-    peak, mfu = (card.peak, cost.MFU) if look.gpu else (cost.CPU_PEAK, cost.CPU_MFU)
-    scoring = cost.hours(answers, peak, devices, mfu)
+    scoring = look.hours(look.answer_flops(look.student, trials * rungs * config.sweep.questions), card)
     low, high = (
         share * (trials * sum(row["hours"][side] for row in own) + scoring[side]) for side in (0, 1)
     )
