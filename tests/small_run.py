@@ -12,10 +12,10 @@ from typing import Any
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 SMALL = [
     "data.phantoms=48", "data.test_fraction=0.34", "data.validation_fraction=0.2", "guide.steps=4",
-    "sft.steps=4", "rope.gamma=0.5", "distill.optim.steps=4", "reflect.optim.steps=4", "reflect.samples=12",
-    "reflect.validation=16", "reflect.budget=4", "reflect.candidates=2", "reflect.similarity=rouge",
-    "evaluate.text_metrics=false", "evaluate.max_new_tokens=12", "compute.checkpoint_every=2",
-    "sinks.tensorboard=true",
+    "sft.steps=4", "rope.gamma=0.5", "distill.share=0.5", "distill.optim.steps=4", "reflect.optim.steps=4",
+    "reflect.samples=12", "reflect.validation=16", "reflect.budget=4", "reflect.candidates=2",
+    "reflect.similarity=rouge", "evaluate.text_metrics=false", "evaluate.max_new_tokens=12",
+    "compute.checkpoint_every=2", "sinks.tensorboard=true",
 ]  # fmt: skip
 
 

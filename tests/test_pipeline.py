@@ -34,6 +34,9 @@ def test_run_trains_distils_evaluates_reports_and_then_skips(finished: Path) -> 
         result["vg"]["mean"]["recall_at_50"]
     )
     page = (run / "report.html").read_text()
+    trained = ("guide", "teacher", "distill", "reflect-1")
+    curves = [page.index(f"<strong>{stage}</strong>") for stage in trained]
+    assert curves == sorted(curves)  # as the stages were
     assert "The run's own parameters were not given." not in page
     assert "distill" in page and "Loss certificate: passed" in page
 

@@ -4,17 +4,18 @@ Decisions:
 - The classes are transformers' own; only sizes differ, so what is learnt here about the code holds
   for 2B and 7B.
 - The tokenizer is byte-level BPE made from the training text, so any text can be written; whole numbers are
-  one piece where the text repeats them, which makes a box four tokens of content. Special tokens are
-  Qwen2-VL's.
+  one piece where the text repeats them, which makes a box four tokens of content, and so are the chat
+  template's words, which stand in every sample. Special tokens are Qwen2-VL's.
 - ``rope_theta`` is small: sequences are a few hundred tokens long, and a slow rotation tells nothing there.
 - Weights start wider than Qwen2-VL's 0.02, which suits widths of thousands: at a width of 128 it leaves each
-  layer's output far below its input, and training idles at first.
+  layer's output far below its input, and training idles at first. What else they start with:
+  ``first_weights``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ROLES = "user\nassistant\n"
 # Words with their leading space, whole numbers, runs of punctuation such as "),(", white space.
 _PIECES = r"\d+| ?[^\W\d]+|[^\w\s]+|\s+"
 
@@ -74,13 +76,20 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int = 1024) -> 
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_with_roles(texts), trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=IM_END, pad_token=PAD, padding_side="left",
         additional_special_tokens=list(SPECIAL_TOKENS[3:]), chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
     wrapped.save_pretrained(out)
     return out
+
+
+def _with_roles(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each with the chat template's own words: as often as a model will read them."""
+    for text in texts:
+        yield text
+        yield ROLES
 
 
 def image_processor(size: TinySize) -> Any:
@@ -153,63 +162,14 @@ def write_new_model(texts: Iterable[str], size: TinySize, out: Path, *, vocab_si
     import torch
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+    from clinkd.model.first_weights import begin
+
     train_tokenizer(texts, out, vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(tiny_config(size, tokenizer))
-        smooth_numbers(model, tokenizer)
-        match_images(model)
+        begin(model, tokenizer)
     image_processor(size).save_pretrained(out)
     model.save_pretrained(out)
     return out
-
-
-def rotation(width: int) -> Any:
-    """The fixed orthogonal [width, width] between words and the patches that show them (model/guide.py)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(7)
-    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
-
-
-def smooth_numbers(model: Any, tokenizer: Any, bandwidth: float = 0.1) -> None:
-    """Embeddings of whole numbers start on a smooth curve: random Fourier features of number / 1000.
-
-    Near coordinates then begin alike, so what is learnt of one serves its neighbours (Rahimi and Recht,
-    2007).
-    """
-    import torch
-
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    found = [(index, int(token)) for index, token in enumerate(tokens) if token.isascii() and token.isdigit()]
-    if not found:
-        return
-    table = model.get_input_embeddings().weight.data
-    index, value = (torch.tensor(column) for column in zip(*found, strict=True))
-    rate, phase = torch.randn(table.shape[1]) / bandwidth, torch.rand(table.shape[1]) * 2 * torch.pi
-    waves = torch.cos(value[:, None] / 1000 * rate + phase)
-    table[index] = waves * table.std() * 2**0.5
-
-
-def match_images(model: Any, gain: float = 1.5, copy: float = 0.5) -> None:
-    """Attention starts as a look-up, in every text layer.
-
-    Keys start as the queries behind ``rotation``: a word attends to the patches that show it. Values and
-    outputs start as a scaled identity: what is attended to is copied. Selecting by name is then there from
-    the first step, instead of after a plateau of some thousand.
-
-    Args:
-        gain: factor on the queries, hence gain**2 on the logits.
-        copy: share of what is attended to that is added.
-    """
-    import torch
-
-    turn = rotation(model.config.text_config.hidden_size)
-    for layer in model.model.language_model.layers:
-        attention = layer.self_attn
-        attention.q_proj.weight.data *= gain
-        attention.k_proj.weight.data.copy_(attention.q_proj.weight.data @ turn.T)
-        basis = torch.linalg.qr(torch.randn_like(attention.o_proj.weight))[0]
-        attention.v_proj.weight.data.copy_(copy * basis)
-        attention.o_proj.weight.data.copy_(basis.T)

@@ -6,7 +6,7 @@ Decisions:
   Qwen2-VL's own tower began as a CLIP's.
 - It is trained on (region, phrase) pairs, patch by patch. Phrases are compared after a fixed rotation of the
   embedding space: the answering model's first keys start as its queries behind that rotation
-  (``presets``), so a word looks for patches that show it, and not for itself.
+  (model/first_weights.py), so a word looks for patches that show it, and not for itself.
 - Patches of a region also tell its box, through the embeddings of the numbers that write it: a feature
   carries what a grounded answer has to say, in the space in which the language model says it.
 - The logit of (image, text) is the largest of its patches. Logits are float32 also where the weights are not.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinkd.model.encoders import Seen
+from clinkd.model.first_weights import rotation
 from clinkd.model.guided import GuidedModel
-from clinkd.model.presets import rotation
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -191,7 +191,7 @@ def report(run: Run) -> Path:
         name=run.config.run.name,
         evaluation=json.loads((run.folder / "eval.json").read_text()),
         metrics=_lines(
-            sorted(path for item in run.done.values() for path in item.path.rglob("metrics.jsonl"))
+            [path for item in run.done.values() for path in sorted(item.path.rglob("metrics.jsonl"))]
         ),
         feedback=_feedback(run),
         reflection=_account(run),

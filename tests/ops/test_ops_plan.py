@@ -96,7 +96,7 @@ def test_measurements_take_the_place_of_guesses() -> None:
     measured = {"teacher": Measured(2.0, 2.1, 6, 9e8, 3e8, 8)}
     found = plan(config, Options(), measured)
     row = stage(found, "teacher")
-    assert row["hours"] == [pytest.approx(2.0 * 2500 / 3600)] * 2
+    assert row["hours"] == [pytest.approx(2.0 * config.sft.steps / 3600)] * 2
     assert row["measured"]["grown_at_end"] > 3e8  # what it holds of images is still to come
     assert row["measured"]["grown_at_end"] < 3e8 + row["memory"]["images"]
     assert "measured: 2 s a step" in show(found)
@@ -127,7 +127,7 @@ def test_a_calibration_trains_the_same_batches_for_a_few_steps(tmp_path: Path) -
 
 def test_phantoms_are_counted_and_other_data_said_to_be_assumed(tmp_path: Path) -> None:
     load = workload_of(load_config(TINY))
-    assert load.records == 2880 and 8 <= load.turns <= 10 and "drawn" in load.known
+    assert load.records == 5920 and 8 <= load.turns <= 10 and "drawn" in load.known
     # Steps of a run log some 59 tokens a question, 16 of them the image's.
     assert 30 < load.text + load.answer < 50 < load.longest < 90
     away = workload_of(load_config(LARGE))
@@ -212,7 +212,7 @@ def test_a_saved_plan_is_where_the_report_looks(capsys: pytest.CaptureFixture[st
     from clinkd.report.planned import read_plan
 
     code, _, _ = run(capsys, "plan", TINY, f"run.root={tmp_path}", "run.name=one", "--save")
-    assert code == 0 and stage(read_plan(tmp_path / "one"), "teacher")["steps"] == 2500
+    assert code == 0 and stage(read_plan(tmp_path / "one"), "teacher")["steps"] == load_config(TINY).sft.steps
 
 
 def test_true_answers_alone_ask_no_teacher_and_keep_no_cache() -> None:
