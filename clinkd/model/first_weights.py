@@ -11,8 +11,9 @@ cannot, and idles for a thousand steps until it happens upon both. So its weight
   the first step.
 - What is copied is a scaled identity, as attention that has learned to copy has (Trockman and Kolter, 2023).
 
-On 6,400 phantoms (width 128, three layers, a trained guide's tower, 400 steps of 50 questions) VG Recall@0.5 is
-.40 with all of it, .14 without heads that look back, .06 where patches are copied as they are, .14 with neither.
+On 6,400 phantoms (width 128, three layers, a trained guide's tower, 400 steps of 50 questions) VG Recall@0.5
+is .40 with all of it, .14 without heads that look back, .06 where patches are copied as they are, .14 with
+neither.
 """
 
 from __future__ import annotations
