@@ -65,23 +65,22 @@ def smooth_numbers(model: Any, tokenizer: Any, bandwidth: float = 0.1) -> None:
     table[index] = waves * table.std() * 2**0.5
 
 
-def look_up(attention: nn.Module, gain: float = 1.5, copy: float = 1.0) -> None:
+def look_up(attention: Any, gain: float = 1.5, copy: float = 1.0) -> None:
     """All heads: a word attends to the patches that show it, and takes over what they say, as words.
 
     Args:
         gain: factor on the queries, hence gain**2 on the logits.
         copy: share of what is attended to that is added.
     """
-    weights: Any = attention
-    turn = rotation(weights.q_proj.weight.shape[1])
-    weights.q_proj.weight.mul_(gain)
-    weights.k_proj.weight.copy_(weights.q_proj.weight @ turn.T)
-    basis = torch.linalg.qr(torch.randn_like(weights.o_proj.weight))[0]
-    weights.v_proj.weight.copy_(copy * basis)
-    weights.o_proj.weight.copy_(turn.T @ basis.T)
+    turn = rotation(attention.q_proj.weight.shape[1])
+    attention.q_proj.weight.mul_(gain)
+    attention.k_proj.weight.copy_(attention.q_proj.weight @ turn.T)
+    basis = torch.linalg.qr(torch.randn_like(attention.o_proj.weight))[0]
+    attention.v_proj.weight.copy_(copy * basis)
+    attention.o_proj.weight.copy_(turn.T @ basis.T)
 
 
-def look_back(attention: nn.Module, heads: int, theta: float, copy: float = 0.5) -> None:
+def look_back(attention: Any, heads: int, theta: float, copy: float = 0.5) -> None:
     """The first ``heads`` heads: each attends to a place some tokens back, and takes over what stands there.
 
     A query with all of its weight on the first of each pair of a rotary embedding, and a key that is that
@@ -91,7 +90,6 @@ def look_back(attention: nn.Module, heads: int, theta: float, copy: float = 0.5)
         theta: of the rotary embedding.
         copy: share of what is attended to that is added.
     """
-    weights: Any = attention
     width = attention.head_dim
     half = width // 2
     rates = theta ** (-torch.arange(half) / half)
@@ -99,10 +97,10 @@ def look_back(attention: nn.Module, heads: int, theta: float, copy: float = 0.5)
     for head in range(heads):
         own = slice(head * width, (head + 1) * width)
         turned = rates * BACK[head % len(BACK)]
-        weights.q_proj.weight[own] *= WEAK
-        weights.k_proj.weight[own] *= WEAK
-        weights.q_proj.bias[own] = size * torch.cat([torch.ones(half), torch.zeros(half)])
-        weights.k_proj.bias[own] = size * torch.cat([turned.cos(), turned.sin()])
-        basis = nn.functional.normalize(weights.v_proj.weight[own], dim=1)
-        weights.v_proj.weight[own] = copy * basis
-        weights.o_proj.weight[:, own] = basis.T
+        attention.q_proj.weight[own] *= WEAK
+        attention.k_proj.weight[own] *= WEAK
+        attention.q_proj.bias[own] = size * torch.cat([torch.ones(half), torch.zeros(half)])
+        attention.k_proj.bias[own] = size * torch.cat([turned.cos(), turned.sin()])
+        basis = nn.functional.normalize(attention.v_proj.weight[own], dim=1)
+        attention.v_proj.weight[own] = copy * basis
+        attention.o_proj.weight[:, own] = basis.T
