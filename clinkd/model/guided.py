@@ -31,6 +31,7 @@ from clinkd.model.patches import as_product
 from clinkd.model.prefix import LastLayer, alike, hidden_by_prefix, prefix_lengths
 from clinkd.model.rope import RopeGuidance, guided_rope_index
 from clinkd.model.rows import hidden_by_groups, length_groups
+from clinkd.model.tower import Shown, merged_states
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -246,6 +247,7 @@ class GuidedModel(_Model):
         overhead: int | None = None,
         wanted: Tensor | None = None,
         share: bool = True,
+        shown: Shown | None = None,
     ) -> Tensor:
         """Last hidden states, one vision tower pass per distinct image.
 
@@ -253,7 +255,8 @@ class GuidedModel(_Model):
             input_ids, attention_mask: [B, L].
             image_grid_thw: [images, 3] of the distinct images.
             pixel_values: [patches, values] of the distinct images; or else
-            image_features: [merged patches, H] of the distinct images, as the merger gives them.
+            image_features: [merged patches, H] of the distinct images, as the merger gives them; or else
+            shown: what a frozen tower said of the distinct images; pixel_values are then of its unseen ones.
             image_index: [vision segments] the image of each segment of the batch, mostly one a row; None:
                 segment i shows image i. Images that no segment shows run through the tower all the same,
                 with weight 0, so that every rank of a sharded model does the same work.
@@ -278,7 +281,9 @@ class GuidedModel(_Model):
             # It tells packed documents apart in a batch of one alone; laid end to end, rows stay documents.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(4, 1, -1)
         if image_index is None or len(image_index):
-            outputs, grids = self.encode_images(image_grid_thw, pixel_values, image_features, image_index)
+            outputs, grids = self.encode_images(
+                image_grid_thw, pixel_values, image_features, image_index, shown
+            )
             images = {"mm_encoder_outputs": outputs, "image_grid_thw": grids}
             if overhead is not None and attention_mask is not None and bool(attention_mask[:, 0].all()):
                 shared = self._sharing(input_ids, image_index, overhead) if share else None
@@ -293,7 +298,7 @@ class GuidedModel(_Model):
                         self, groups, input_ids, attention_mask, images, alignment, relevance, wanted
                     )  # fmt: skip
         else:
-            unseen = self._image_parts(image_grid_thw, pixel_values, image_features)
+            unseen = self._image_parts(image_grid_thw, pixel_values, image_features, shown)
         with self.last_layer.only(None if wanted is None else wanted.reshape(input_ids.shape)):
             hidden = self.model(
                 input_ids=input_ids,
@@ -326,9 +331,10 @@ class GuidedModel(_Model):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
+        shown: Shown | None = None,
     ) -> tuple[dict[str, BaseModelOutputWithPooling], Tensor]:
         """``mm_encoder_outputs`` and grids [segments, 3] of segments that show ``image_index``; see above."""
-        parts = self._image_parts(image_grid_thw, pixel_values, image_features)
+        parts = self._image_parts(image_grid_thw, pixel_values, image_features, shown)
         grids = image_grid_thw
         if image_index is not None:
             parts = tuple(parts[image] for image in image_index.tolist())
@@ -336,9 +342,15 @@ class GuidedModel(_Model):
         return {"image": BaseModelOutputWithPooling(pooler_output=tuple(parts))}, grids  # type: ignore[arg-type]
 
     def _image_parts(
-        self, image_grid_thw: Tensor, pixel_values: Tensor | None, image_features: Tensor | None
+        self,
+        image_grid_thw: Tensor,
+        pixel_values: Tensor | None,
+        image_features: Tensor | None,
+        shown: Shown | None = None,
     ) -> tuple[Tensor, ...]:
         """[merged patches, H] of each distinct image."""
+        if shown is not None:
+            return merged_states(self.model.visual, image_grid_thw, pixel_values, shown)
         if (pixel_values is None) == (image_features is None):
             raise ValueError("clinkd model: give either pixel_values or image_features")
         if image_features is None:

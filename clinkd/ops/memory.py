@@ -35,8 +35,6 @@ CE_BUFFERS, KD_BUFFERS = 2, 7
 PROCESS = 100e6
 """Bytes that a worker without a GPU holds beside libraries and tensors: tokenizer, gloo's connections,
 scratch of kernels, pages that its allocator keeps. Measured on configs/tiny.yaml (benchmarks/plan.py)."""
-IMAGES_KEPT = 4096
-"""Records whose processed images a worker keeps (train/tasks.py)."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +167,23 @@ def teacher_head(vocabulary: int, width: int, element: int, answers: int) -> flo
     return float(element * head + (4 * head if element == 2 else 0) + 4 * answers * width)
 
 
-def kept_images(subject: Subject, grid: tuple[int, int, int], seen: float) -> float:
-    """Bytes of processed images, float32, that a worker's process keeps of ``seen`` records."""
+def kept_images(
+    subject: Subject, grid: tuple[int, int, int], seen: float, element: int, states: bool
+) -> float:
+    """Bytes of images that a worker's process keeps of ``seen`` records: processed, in float32.
+
+    Args:
+        states: those of a frozen tower are kept in their place (model/tower.py), in ``element`` bytes.
+    """
+    from clinkd.model.tower import LIMIT
+    from clinkd.train.images import KEPT, PASSING
+
     frames, rows, columns = grid
-    return 4.0 * frames * rows * columns * subject.patch_values * min(seen, IMAGES_KEPT)
+    patches, vision = frames * rows * columns, subject.config.vision_config
+    pixels = 4.0 * patches * subject.patch_values * min(seen, PASSING if states else KEPT)
+    if not states:
+        return pixels
+    return pixels + min(LIMIT, element * patches * getattr(vision, "embed_dim", vision.hidden_size) * seen)
 
 
 def distinct(records: int, dealt: float) -> float:

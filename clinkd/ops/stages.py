@@ -168,11 +168,14 @@ class Outlook:
         return found
 
     def host_images(self, stage: Stage, steps: float) -> float:
-        """Bytes of processed images that a worker's process holds after ``steps``."""
+        """Bytes of images, or of what a frozen tower says of them, in a worker's process after ``steps``."""
         dealt = steps * stage.optim.batch_size * stage.optim.accumulation
         records = max(1, round(stage.share * self.workload.records))
         seen = memory.distinct(records, dealt)
-        return memory.kept_images(stage.subject, self.grid(stage.subject), seen)
+        online = stage.name == "distill" and self.config.distill.teacher == "online"
+        family = stage.subject.config.model_type
+        states = not stage.subject.tower_trains and stage.zero < 3 and not online and family == "qwen2_vl"
+        return memory.kept_images(stage.subject, self.grid(stage.subject), seen, self.element, states)
 
     def step_flops(self, stage: Stage) -> float:
         """Of one step on all workers, forward and backward; by train/flops.py."""

@@ -96,6 +96,8 @@ class Taught(NamedTuple):
 class GuideTask(SupervisedTask):
     """Whole records: every region of an image with every phrase."""
 
+    keeps = False  # its loss takes pixels
+
     def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
         super().__init__(rows, scratch, spec, zero_stage)
         # Of records, phrases and coordinates: each is dealt many times and always the same.

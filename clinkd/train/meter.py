@@ -77,7 +77,9 @@ class Meter:
         if "phrase_mask" in arguments:
             patches = sum(frames * rows * columns for frames, rows, columns in grids)
             inputs = int(arguments["phrase_mask"].sum()) + patches // self.shape.merge
-        parts = self.shape.work(lengths, grids, tokens if lengths else 0)
+        shown = arguments.get("shown")  # a frozen tower sees those images alone that it has not seen
+        passing = None if shown is None else [grids[number] for number in shown.unseen]
+        parts = self.shape.work(lengths, grids, tokens if lengths else 0, passing)
         own = getattr(self.module, "own_work", None)
         return inputs, flops(parts + (own(arguments, tokens) if own else []))
 
@@ -105,19 +107,31 @@ class ModelShape:
             merged = vision.window_size // vision.spatial_merge_size // vision.patch_size
             self.window = merged * vision.spatial_merge_size
 
-    def work(self, lengths: list[int], grids: list[tuple[int, int, int]], answers: int) -> list[Work]:
-        """Parts of a step over documents of these lengths, distinct images and answer tokens."""
-        patches = sum(frames * rows * columns for frames, rows, columns in grids)
+    def work(
+        self,
+        lengths: list[int],
+        grids: list[tuple[int, int, int]],
+        answers: int,
+        passing: list[tuple[int, int, int]] | None = None,
+    ) -> list[Work]:
+        """Parts of a step over documents of these lengths, distinct images and answer tokens.
+
+        ``passing``: the images that pass the tower; None: all.
+        """
+        through = grids if passing is None else passing
+        patches, merged = (
+            sum(frames * rows * columns for frames, rows, columns in images) for images in (through, grids)
+        )
         tower = self.blocks.trained > 0
         seen = sum(
             self.whole_width * image_pairs(grid) + self.window_width * image_pairs(grid, self.window)
-            for grid in grids
+            for grid in through
         )
         pairs = sum(length * length for length in lengths)
         return [
             self.patch.work(patches, False),
             self.blocks.work(patches, tower, seen),
-            self.merger.work(patches // self.merge, tower or self.merger.trained > 0),
+            self.merger.work(merged // self.merge, tower or self.merger.trained > 0),
             self.layers.work(sum(lengths), self.reached, self.text_width * pairs),
             self.head.work(answers, self.reached),
         ]

@@ -96,6 +96,8 @@ class OnlineDistillTask(DistillTask):
     The teacher is loaded with the first batch, when the engine has placed the student.
     """
 
+    keeps = False  # the teacher is shown the pixels
+
     def __init__(
         self,
         rows: Any,

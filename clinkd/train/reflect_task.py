@@ -173,7 +173,7 @@ class ExerciseTask(SupervisedTask):
         if wrong is None or target is None:
             return self.encoded(record, turn)
         prompt = correction_prompt(asked["question"], asked["answer"], wrong)
-        tokens = (self.images[record][1].prod(-1) // self.processor.merge_size**2).tolist()
+        tokens = (self.images.grids(record).prod(-1) // self.processor.merge_size**2).tolist()
         return encode(self.tokenizer, prompt, target, tokens)
 
     def _another(self, task: str, record: int) -> str | None:

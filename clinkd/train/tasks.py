@@ -3,6 +3,8 @@
 Decisions:
 - Questions that share an image share its vision tower pass: a batch names its distinct images once. A
   record's images all stand in front of each of its questions.
+- A tower that is frozen sees an image once in a process (model/tower.py); not under ZeRO-3, whose ranks have
+  to make as many passes.
 - The language model's head meets answer tokens alone; sums leave the module, the loop divides them.
 - Under ZeRO-3 the head is registered as an external parameter of the loss module, so it is gathered
   once a step.
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clinkd.data.ingest import RecordTable, collect, decode, open_table
+from clinkd.data.ingest import collect, open_table
 from clinkd.data.records import sample_id
 from clinkd.data.scores import Scores
 from clinkd.distill.losses import answer_loss
@@ -30,6 +32,8 @@ from clinkd.model.guided import GuidedModel
 from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
 from clinkd.model.pixels import load_processor
 from clinkd.model.rope import RopeGuidance
+from clinkd.model.tower import can_keep, tower_digest
+from clinkd.train.images import ImageStore
 from clinkd.train.ledger import Group
 
 
@@ -50,24 +54,6 @@ class VqaSpec:
     lora: LoraOptions | None = None  # text layers train by adapters
     attention: str = "auto"  # see model/attention.py
     bf16: bool = False  # DeepSpeed runs it in bfloat16, whatever its weights come as
-
-
-class ImageStore:
-    """Pixel values of records, processed once and kept."""
-
-    def __init__(self, table: RecordTable, processor: Any, keep: int = 4096) -> None:
-        self.table, self.processor, self.keep = table, processor, keep
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __getitem__(self, record: int) -> tuple[Tensor, Tensor]:
-        """([patches of all its images, values], grids [images, 3])."""
-        if record not in self._kept:
-            images = [decode(png) for png in self.table.images(record)]
-            found = self.processor(images=images, return_tensors="pt")
-            if len(self._kept) >= self.keep:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[record] = (found["pixel_values"], found["image_grid_thw"])
-        return self._kept[record]
 
 
 PASS = 64
@@ -125,6 +111,10 @@ class AnswerLoss(nn.Module):
 class SupervisedTask:
     """Turns with their true answers; the teacher's task, and the base of the others."""
 
+    keeps = True
+    """Whether the states of a frozen tower may take the place of pixels."""
+    images: ImageStore
+
     def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
         path = getattr(rows, "kept", None) or scratch / "rows.arrow"
         if not path.is_file():
@@ -163,6 +153,8 @@ class SupervisedTask:
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
+        if self.keeps and hasattr(self, "images") and not self.zero3 and can_keep(model):
+            self.images.tower = tower_digest(model, torch.bfloat16 if self.spec.bf16 else dtype)
         return model
 
     def build(self) -> nn.Module:
@@ -171,7 +163,7 @@ class SupervisedTask:
     def encoded(self, record: int, turn: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one turn."""
         if (record, turn) not in self._encoded:
-            grids = self.images[record][1]
+            grids = self.images.grids(record)
             asked = self.table.turns(record)[turn]
             tokens = (grids.prod(-1) // self.processor.merge_size**2).tolist()
             answer = self.answer(record, turn)
@@ -192,7 +184,7 @@ class SupervisedTask:
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         guided = self.spec.guidance.guided
         if guided != "none":
-            grids = [self.images[record][1] for record, turns in groups for _ in turns]
+            grids = [self.images.grids(record) for record, turns in groups for _ in turns]
             merged = [merged_grids(grid, self.processor.merge_size) for grid in grids]
             inputs |= guide_inputs(guided, [self.scores[name] for name in names], merged)
         if self.spec.coordinate_weight != 1:
@@ -206,18 +198,14 @@ class SupervisedTask:
         inside = labels.eq(start).cumsum(1) > labels.eq(end).cumsum(1)
         return inside & torch.isin(labels, self.numbers)
 
-    def pictures(self, groups: list[Group]) -> dict[str, Tensor]:
-        """Pixel values and grids of the distinct images, and which of them each row shows, row after row."""
+    def pictures(self, groups: list[Group]) -> dict[str, Any]:
+        """The distinct images (``ImageStore.batch``), and which of them each row shows, row after row."""
         records = list(dict.fromkeys(record for record, _ in groups))
-        found = [self.images[record] for record in records]
-        sizes = [len(grids) for _, grids in found]
+        found = self.images.batch(records)
+        sizes = [len(self.images.grids(record)) for record in records]
         own = dict(zip(records, torch.arange(sum(sizes)).split(sizes), strict=True))
         index = [number for record, turns in groups for _ in turns for number in own[record].tolist()]
-        return {
-            "pixel_values": torch.cat([values for values, _ in found]),
-            "image_grid_thw": torch.cat([grids for _, grids in found]),
-            "image_index": torch.tensor(index),
-        }
+        return found | {"image_index": torch.tensor(index)}
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes a plain Hugging Face folder; ``state`` is the loss module's.

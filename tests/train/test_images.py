@@ -1,0 +1,115 @@
+"""Images on their way into a batch: a frozen tower's are decoded and seen once in a process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from phantom_rows import Rows, phantom_model, phantom_row
+
+from clinkd.data.phantoms import PhantomSpec
+from clinkd.model import tower
+from clinkd.model.rope import RopeGuidance
+from clinkd.train import images
+from clinkd.train.meter import Meter
+from clinkd.train.tasks import SupervisedTask, VqaSpec
+
+SPEC = PhantomSpec(images=8, size=56)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantom_model(SPEC, tmp_path_factory.mktemp("model"), layers=1)
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> tower.States:
+    """A process that has seen nothing."""
+    states = tower.States()
+    for module in (tower, images):
+        monkeypatch.setattr(module, "STATES", states)
+    return states
+
+
+def task(folder: Path, scratch: Path, *, train_vision: bool = False, zero: int = 0, **how: Any) -> Any:
+    rows: list[dict[str, Any]] = [phantom_row(SPEC, number) for number in range(3)]
+    rows[2]["more_png"] = [phantom_row(SPEC, 3)["png"]]  # a record of two images
+    spec = VqaSpec(str(folder), RopeGuidance(), train_vision, **how)
+    return SupervisedTask(Rows(rows), scratch, spec, zero)
+
+
+def batch(of: Any, *groups: tuple[int, tuple[int, ...]]) -> dict[str, Any]:
+    return of.batch(list(groups), 0, 1)[0]
+
+
+def test_pixels_come_with_what_the_tower_has_not_seen(folder: Path, tmp_path: Path) -> None:
+    mine = task(folder, tmp_path)
+    module = mine.build()
+    first = batch(mine, (0, (0, 1)), (1, (0,)))
+    assert first["shown"].unseen == [0, 1]
+    assert len(first["pixel_values"]) == first["image_grid_thw"].prod(-1).sum()
+    module(**first)
+    mixed = batch(mine, (2, (0,)), (1, (0,)))
+    assert mixed["shown"].unseen == [0, 1]  # the two images of one record
+    assert len(mixed["pixel_values"]) == mixed["image_grid_thw"][:2].prod(-1).sum()
+    module(**mixed)
+    assert batch(mine, (0, (0,)), (2, (1,)))["pixel_values"] is None
+
+
+def test_the_next_trial_finds_what_this_one_saw(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    groups = [(0, (0, 1, 2)), (2, (0,))]
+    mine = task(folder, tmp_path / "a")
+    before = mine.build()(**batch(mine, *groups))["loss"]
+
+    def never(_: bytes) -> Any:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(images, "decode", never)
+    other = task(folder, tmp_path / "b")
+    module, again = other.build(), batch(other, *groups)
+    assert again["pixel_values"] is None and torch.equal(module(**again)["loss"], before)
+
+
+def test_the_loss_is_that_of_pixels(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = task(folder, tmp_path)
+    found = mine.build()(**batch(mine, (0, (0, 1)), (2, (0,))))["loss"]
+    monkeypatch.setattr(SupervisedTask, "keeps", False)
+    plain = task(folder, tmp_path)
+    given = batch(plain, (0, (0, 1)), (2, (0,)))
+    assert "shown" not in given
+    torch.testing.assert_close(plain.build()(**given)["loss"], found, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how", [{"train_vision": True}, {"zero": 3}, {"min_pixels": 100 * 28 * 28, "max_pixels": 200 * 28 * 28}]
+)
+def test_who_may_not_share_does_not(folder: Path, tmp_path: Path, how: dict[str, Any], kept: Any) -> None:
+    mine = task(folder, tmp_path)
+    module = mine.build()
+    module(**batch(mine, (0, (0,))))
+    other = task(folder, tmp_path, **how)
+    if "zero" not in how:  # its module is registered with DeepSpeed
+        other.build()
+    assert len(batch(other, (0, (0,)))["pixel_values"])  # trained, under ZeRO-3, or cut into other patches
+
+
+def test_another_images_bytes_are_another_image(folder: Path, tmp_path: Path) -> None:
+    store = task(folder, tmp_path).images
+    assert store._digests(0) != store._digests(1) and len(store._digests(2)) == 2
+
+
+def test_an_image_that_does_not_pass_the_tower_costs_no_operations(folder: Path, tmp_path: Path) -> None:
+    mine = task(folder, tmp_path)
+    module = mine.build()
+    meter = Meter(module)
+    first = batch(mine, (0, (0,)))
+    module(**first)
+    later = batch(mine, (0, (0,)))
+    (_, seen), (tokens, again) = meter.count(first, 5), meter.count(later, 5)
+    assert tokens == meter.count(first, 5)[0] and 0 < again < seen
