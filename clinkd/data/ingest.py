@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,6 @@ def record_images(data: str | Path, ids: Collection[str]) -> dict[str, list[byte
     return found
 
 
-@lru_cache(maxsize=4096)
 def decode(png: bytes) -> Any:
     """An image as RGB, PIL."""
     import io

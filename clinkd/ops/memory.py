@@ -36,6 +36,9 @@ PROCESS = 100e6
 """Bytes that a worker without a GPU holds beside libraries and tensors: tokenizer, gloo's connections,
 scratch of kernels, pages that its allocator keeps. Measured on configs/tiny.yaml (benchmarks/plan.py)."""
 
+TURN = 300
+"""Bytes of a turn's two arrays and its place in a dictionary, beside its tokens."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -184,6 +187,13 @@ def kept_images(
     if not states:
         return pixels
     return pixels + min(LIMIT, element * patches * getattr(vision, "embed_dim", vision.hidden_size) * seen)
+
+
+def kept_tokens(turns: float, length: float) -> float:
+    """Bytes of turns of ``length`` tokens, prompt and answer, as a worker keeps them."""
+    from clinkd.train.tasks import ENCODED
+
+    return min(turns, ENCODED) * (4 * length + TURN)
 
 
 def distinct(records: int, dealt: float) -> float:

@@ -168,14 +168,19 @@ class Outlook:
         return found
 
     def host_images(self, stage: Stage, steps: float) -> float:
-        """Bytes of images, or of what a frozen tower says of them, in a worker's process after ``steps``."""
+        """Bytes of records in a worker's process after ``steps``: images as they were read (pages of the
+        node's file), processed, or as a frozen tower's states, and the tokens of their turns.
+        """
         dealt = steps * stage.optim.batch_size * stage.optim.accumulation
         records = max(1, round(stage.share * self.workload.records))
         seen = memory.distinct(records, dealt)
         online = stage.name == "distill" and self.config.distill.teacher == "online"
         family = stage.subject.config.model_type
         states = not stage.subject.tower_trains and stage.zero < 3 and not online and family == "qwen2_vl"
-        return memory.kept_images(stage.subject, self.grid(stage.subject), seen, self.element, states)
+        load, length = self.workload, self.image_tokens(stage.subject) + self.workload.text
+        tokens = memory.kept_tokens(seen * load.turns, length + load.answer)
+        images = memory.kept_images(stage.subject, self.grid(stage.subject), seen, self.element, states)
+        return images + tokens + seen * load.image_bytes
 
     def step_flops(self, stage: Stage) -> float:
         """Of one step on all workers, forward and backward; by train/flops.py."""

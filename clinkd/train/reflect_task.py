@@ -163,7 +163,7 @@ class ExerciseTask(SupervisedTask):
         super().__init__(rows, scratch, spec, zero_stage)
         self.seed = seed
 
-    def row(self, record: int, turn: int, step: int, total: int) -> tuple[list[int], list[int]]:
+    def row(self, record: int, turn: int, step: int, total: int) -> tuple[Sequence[int], Sequence[int]]:
         rng = np.random.default_rng([self.seed, step, record, turn])
         if rng.random() >= EXERCISES:
             return self.encoded(record, turn)
