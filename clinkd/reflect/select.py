@@ -5,6 +5,8 @@ Decisions:
   similarity's threshold gives way to ``floor``, since a correction may be put in other words.
 - Parroting is refused because it is the truth with extra steps; the truth is the fallback anyway and has no
   typing errors.
+- Where the truth has no box (a name, a caption), one that points elsewhere than the question does is wrong: a
+  corrector that was trained on groundings says such things, and the student would learn them.
 - A candidate that speaks of the exercise ("the previous answer", "the reference") is of the wrong format:
   the student never saw it.
 - Every candidate is kept with its numbers and the one veto that met it first, in the order of generation.
@@ -117,12 +119,24 @@ def select_batch(
             veto = fault(sample, text, worst, iou_threshold=iou_threshold, names_threshold=names_threshold)
             veto = (
                 veto
+                or ("low_iou" if _elsewhere(sample, text, iou_threshold) else None)
                 or _worthless(sample["answer"], tidy(wrong), text)
                 or ("floor" if value < floor else None)
             )
             scored.append(ScoredCandidate(text, value, near, overlap, veto))
         selections.append(_choose(sample["answer"], scored))
     return selections
+
+
+def _elsewhere(sample: Mapping[str, Any], text: str, threshold: float) -> bool:
+    """Whether a text points where neither the truth, which has no box, nor the question does."""
+    if parse_boxes(sample["answer"], strict=False):
+        return False  # judged by its IoU
+    asked = parse_boxes(sample["question"], strict=False)
+    return any(
+        max((iou(box, other) for other in asked), default=0.0) < threshold
+        for box in parse_boxes(text, strict=False)
+    )
 
 
 def _worthless(truth: str, wrong: str, text: str) -> str | None:

@@ -58,7 +58,7 @@ def guide(run: Run) -> Artifact:
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make, version=4)
+    return run.stage("guide", ["prepare"], settings, make, version=5)
 
 
 def _none(draft: Draft) -> dict[str, Any]:

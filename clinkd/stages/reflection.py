@@ -59,7 +59,7 @@ def reflect(run: Run) -> Artifact:
         with Desks.of(run) as desks:
             return _Stage(run, draft, desks).run_all()
 
-    return run.stage("reflect", read, settings, make, version=3)
+    return run.stage("reflect", read, settings, make, version=4)
 
 
 def right_now(run: Run, answered: list[dict[str, Any]]) -> dict[str, bool]:

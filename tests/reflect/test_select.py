@@ -58,6 +58,23 @@ def test_veto(task: str, truth: str, wrong: str, candidate: str, veto: str | Non
     assert selection.chosen == (candidate.strip() if veto is None else truth)
 
 
+@pytest.mark.parametrize(
+    ("box", "veto"),
+    [
+        ("<box>(580,625),(1000,850)</box>", None),  # that which was asked about, or nearly
+        ("<box>(839,54),(1000,277)</box>", "low_iou"),
+        ("<box>(580,625),(1000,850)</box> and <box>(839,54),(1000,277)</box>", "low_iou"),
+    ],
+)
+def test_a_name_that_points_elsewhere_than_the_question_is_no_target(box: str, veto: str | None) -> None:
+    asked = sample("roc", "Left lung") | {"question": "What is at <box>(580,625),(1000,857)</box>?"}
+    (candidate,) = select(asked, "Hemorrhage", [f"{box} shows the left lung."], RougeSimilarity()).candidates
+    assert candidate.veto == veto
+    (unasked,) = select(sample("mia", "The left lung."), "?", [f"{box} shows the left lung."],
+                        RougeSimilarity()).candidates  # fmt: skip
+    assert unasked.veto == "low_iou"
+
+
 def test_every_veto_but_duplicate_is_in_the_table() -> None:
     assert {veto for *_, veto in CASES} == {None, *VETOES} - {"duplicate"}
 
