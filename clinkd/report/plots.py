@@ -7,6 +7,8 @@ Decisions:
 - Ids are prefixed by the chart's name, since all charts share one HTML document; metadata and namespaces are
   dropped.
 - Long curves are thinned to a few hundred points and shown raw and faint under their running mean.
+- What falls to a fraction of where it began is shown on a logarithmic axis: the first steps would take all
+  room.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ MOST_POINTS = 300
 MOST_CURVES = 12
 MOST_SQUARES = 400
 MOST_LINES = 40
+WIDE = 8
+"""Largest to smallest running mean from which the axis is logarithmic."""
 
 Lines = tuple[np.ndarray, np.ndarray]
 """Something of each row, and of each column."""
@@ -77,9 +81,11 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
     """Curves over steps as an SVG element; first, last and lowest values are in its accessible name."""
     figure, axes = new_figure(4.2, 2.5)
-    for index, line in enumerate(lines):
+    means = [running_mean(line.values, max(1, len(line.values) // 20)) for line in lines]
+    if min(line.values.min() for line in lines) > 0 and _spread(means) > WIDE:
+        _logarithmic(axes)
+    for index, (line, mean) in enumerate(zip(lines, means, strict=True)):
         colour = SERIES[index % len(SERIES)]
-        mean = running_mean(line.values, max(1, len(line.values) // 20))
         keep = np.unique(np.linspace(0, len(mean) - 1, MOST_POINTS).astype(int))
         if len(line.values) > 20:
             axes.plot(line.steps[keep], line.values[keep], color=colour, linewidth=0.8, alpha=0.3)
@@ -94,6 +100,20 @@ def chart(name: str, lines: Sequence[Curve], y_label: str) -> str:
         for line in lines
     )
     return to_svg(figure, name, f"{y_label} over steps. {said}")
+
+
+def _spread(means: Sequence[np.ndarray]) -> float:
+    return float(max(mean.max() for mean in means) / min(mean.min() for mean in means))
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5: powers would be read as TeX."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def position_map(

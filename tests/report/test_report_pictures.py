@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -188,6 +189,18 @@ def test_charts_follow_the_pages_colours_and_are_the_same_each_time():
     ids = [value for key, value in _attributes(svg) if key == "id"]
     assert ids
     assert all(value.startswith("one-") for value in ids)
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"), [(0.1, {"0.2", "0.5", "2", "5"}), (4.0, {"4", "6", "8"}), (-1.0, {"0"})]
+)
+def test_what_falls_far_is_on_a_logarithmic_axis(last: float, ticks: set[str]):
+    values = np.concatenate([np.linspace(9, last, 50), np.full(950, last)])
+    line = plots.Curve("teacher", np.arange(1000), values)
+    svg = plots.chart("one", [line], "loss")
+    said = set(re.findall(r">\s*(-?[\d.]+)\s*</text>", svg))
+    assert ticks <= said, said
+    assert ("0.2" in said) == (last == 0.1)
 
 
 def _attributes(svg: str) -> list[tuple[str, str]]:
