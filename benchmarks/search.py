@@ -1,6 +1,6 @@
 """TPE with ASHA against random search: training steps until the score that 32 random trials reach.
 
-    python benchmarks/search.py [--seeds N] [--trials N] [--config FILE] [k=v ...]
+    python benchmarks/search.py [--seeds N] [--first N] [--trials N] [--keep DIR] [--config FILE] [k=v ...]
 
 For each seed (of data, models and sampler) random search trains all its trials to their end; its best value
 of the metric is the mark. Then TPE draws trials that ASHA may end early, on the same data and teacher, and
@@ -43,12 +43,14 @@ SMALL = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--keep", type=Path, help="write the trials of each seed into this folder")
     parser.add_argument("--config", type=Path, default=Path("configs/tiny.yaml"))
     parser.add_argument("overrides", nargs="*")
     chosen = parser.parse_args()
     ratios = []
-    for seed in range(chosen.seeds):
+    for seed in range(chosen.first, chosen.first + chosen.seeds):
         with tempfile.TemporaryDirectory() as scratch:
             ratios.append(compare(Path(scratch), seed, chosen))
     reached = [ratio for ratio in ratios if math.isfinite(ratio)]
@@ -75,6 +77,10 @@ def compare(folder: Path, seed: int, chosen: argparse.Namespace) -> float:
         taken = math.inf  # type: ignore[assignment]
     best = max(max(row["rungs"].values()) for row in rows)
     ended = sum(row["state"] == "pruned" for row in rows)
+    if chosen.keep:
+        kept = chosen.keep / f"seed-{seed}.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"random": random, "tpe": rows}))
     print(
         f"seed {seed}: random {whole} steps, best {mark:.4f}; TPE + ASHA {taken} steps to it, "
         f"{taken / whole:.2f} (best {best:.4f} of {len(rows)} trials, {ended} ended early)", flush=True,

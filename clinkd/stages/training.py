@@ -8,7 +8,6 @@ Decisions:
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -134,13 +133,12 @@ def distill_steps(run: Run) -> int:
     return steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
 
 
-def distill(run: Run, until: int | None = None, start: Path | None = None, fresh: bool = False) -> Artifact:
+def distill(run: Run, until: int | None = None, start: Path | None = None) -> Artifact:
     """The student, from the teacher's cache, from the teacher beside it, or from the truth alone.
 
     Args:
         until: the step to end at; the next call goes on from there.
         start: a checkpoint to begin from where there is none yet.
-        fresh: begins at the first step, whatever an attempt before left.
 
     Raises:
         Paused: at ``until``, where that is not the end.
@@ -163,8 +161,6 @@ def distill(run: Run, until: int | None = None, start: Path | None = None, fresh
             lora=config.model.lora, coordinate_weight=1.0 if taught else options.optim.coordinate_weight,
         )  # fmt: skip
         zero = config.compute.zero_stage
-        if fresh:
-            shutil.rmtree(draft.work / "distill", ignore_errors=True)
         if start is not None:
             Checkpoints(draft.work / "distill", 0, lambda: None).adopt(start)
         counts = train(

@@ -5,10 +5,14 @@ Both are pickled with Ray Tune's notes; the study itself is not: it stays with t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -42,29 +46,29 @@ class StudySearch(Searcher):  # type: ignore[misc]
         return {"values": values, "number": self.trials[trial_id].number}
 
     def all_at_once(self) -> list[dict[str, Any]]:
-        """Every trial that is left, under its number in the place of an id, until Ray Tune gives one."""
-        found: list[dict[str, Any]] = []
-        while isinstance(suggested := self.suggest(f"number-{len(found)}"), dict):
-            number = suggested["number"]
-            self.trials[str(number)] = self.trials.pop(f"number-{len(found)}")
-            found.append(suggested)
-        return found
+        """Every trial, under its number in the place of an id, until Ray Tune gives one."""
+        found = self.asker.everyone()
+        self.trials |= {str(trial.number): trial for trial, _ in found}
+        return [{"values": values, "number": trial.number} for trial, values in found]
 
     def look(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Notes a rung; whether the trial is to go on."""
         trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
+        if self.asker.config.sweep.scheduler == "pbt":
+            self._note_clone(result)
+        known = self.asker.study.get_trials(deepcopy=False)[trial.number]
+        if known.state.is_finished():  # of a population that is played again
+            return True
         trial.set_user_attr("step", result["step"])
         if result["done"] and result.get("model"):
             trial.set_user_attr("model", result["model"])
         if self.asker.config.sweep.scheduler == "pbt":
             trial.set_user_attr("settings", json.loads(result["settings"]))
-            self._note_clone(result)
-        if self.board is not None:
+        if self.board is not None and result["step"] not in known.intermediate_values:
             self.board.rung(trial.number, {name: result[name] for name in names}, result["step"])
         if len(names) > 1:  # Optuna prunes by one number only
             return True
-        known = self.asker.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if result["step"] not in known:
+        if result["step"] not in known.intermediate_values:
             trial.report(result[names[0]], result["step"])
         if result["done"] or not trial.should_prune():
             return True
@@ -74,10 +78,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def _note_clone(self, result: dict[str, Any]) -> None:
         """A line of clones.jsonl: what a trial went on from, and the learning rate of its next step."""
         if result["cloned"]:
-            clone = json.loads(result["cloned"])
-            clone |= {side: self.numbers[clone[side]] for side in ("trial", "from")}
             with (sweep_folder(self.asker.config) / CLONES).open("a") as file:
-                file.write(json.dumps(clone) + "\n")
+                file.write(result["cloned"] + "\n")
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # the scheduler looked, before
@@ -90,6 +92,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if result and result.get("done"):  # of the end Ray Tune tells no scheduler
             self.look(trial_id, result)
         trial, config = self.trials.pop(trial_id), self.asker.config
+        if self.asker.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+            return
         if self.board is not None and result:
             values = trial.user_attrs.get("values", trial.params)
             self.board.ended(trial.number, values, {name: result[name] for name in config.sweep.metrics})
@@ -133,11 +137,14 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Population based training (Jaderberg et al., 2017) whose rungs the study sees."""
+    """Population based training (Jaderberg et al., 2017) whose rungs the study sees.
 
-    def __init__(self, search: StudySearch, **options: Any) -> None:
+    What it draws follows from the seed, the trial and the step, so that it can be played again.
+    """
+
+    def __init__(self, search: StudySearch, seed: int, **options: Any) -> None:
         super().__init__(**options)
-        self.search = search
+        self.search, self.seed = search, seed
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "search"}
@@ -152,6 +159,17 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self.search.look(trial.trial_id, result)
         return str(super().on_trial_result(tune_controller, trial, result))
 
+    def _checkpoint_or_exploit(self, trial: Any, *others: Any) -> None:
+        step = self._trial_state[trial].last_train_time
+        with drawn_by(f"{self.seed} {self.search.numbers[trial.trial_id]} {step}"):
+            super()._checkpoint_or_exploit(trial, *others)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> Any:
+        """The other's values, perturbed; who it is stays its own."""
+        config, how = super()._get_new_config(trial, trial_to_clone)
+        config["trial"]["number"] = self.search.numbers[trial.trial_id]
+        return config, how
+
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self.search.on_trial_complete(trial.trial_id, result)
         super().on_trial_complete(tune_controller, trial, result)
@@ -160,6 +178,19 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self.search.failed(trial.trial_id, trial.get_error())
         self.search.on_trial_complete(trial.trial_id, None, error=True)
         super().on_trial_error(tune_controller, trial)
+
+
+@contextlib.contextmanager
+def drawn_by(seed: str) -> Iterator[None]:
+    """Ray Tune draws from Python's and numpy's own generators: seeded, and afterwards as they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def population(search: StudySearch, config: RunConfig) -> Population:
@@ -174,6 +205,7 @@ def population(search: StudySearch, config: RunConfig) -> Population:
 
     return Population(
         search,
+        config.run.seed,
         time_attr="step",
         metric=config.sweep.metrics[0],
         mode="max",

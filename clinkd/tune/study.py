@@ -257,6 +257,19 @@ class Asker:
         return trial, suggest(trial, self.config.sweep.space)
 
 
+    def everyone(self) -> list[tuple[Any, dict[str, Any]]]:
+        """All trials by their number, those that have ended too: what a population is played again with."""
+        import optuna
+
+        found = [
+            (trial, suggest(optuna.trial.FixedTrial(trial.params), self.config.sweep.space))
+            for trial in own_trials(self.study) if trial.state.is_finished()
+        ]  # fmt: skip
+        while asked := self.ask():
+            found.append(asked)
+        return sorted(found, key=lambda pair: pair[0].number)
+
+
 def own_trials(study: Any) -> list[Any]:
     """The study's trials without those of a former one."""
     return [trial for trial in study.get_trials(deepcopy=False) if FOREIGN not in trial.user_attrs]

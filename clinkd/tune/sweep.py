@@ -29,10 +29,11 @@ from clinkd.report.sweep import build_sweep
 from clinkd.stages import pipeline, training
 from clinkd.stages.base import Run, open_run, write_whole
 from clinkd.tune.board import Board
+from clinkd.tune.member import Segments, population_folder
 from clinkd.tune.space import check_space, reflects
 from clinkd.tune.study import Asker, open_study, own_trials, sweep_folder
 from clinkd.tune.summary import best_config, importances, rows_of, saved, write_best
-from clinkd.tune.trial import SweepTrial
+from clinkd.tune.trainable import SweepTrial
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration stay true
     from ray import tune
 
-    from clinkd.tune.search import StudyScheduler, StudySearch, population
+    from clinkd.tune.search import CLONES, StudyScheduler, StudySearch, population
 
     config, options = run.config, run.config.sweep
     ended = sum(trial.state.is_finished() for trial in own_trials(asker.study))
@@ -166,6 +167,7 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
         if options.scheduler == "pbt":  # Ray Tune lets no searcher stand beside it: all are drawn before
             how = {"scheduler": population(search, config)}
             space = {"trial": tune.grid_search(search.all_at_once())}
+            (sweep_folder(config) / CLONES).unlink(missing_ok=True)  # what was cloned before is told again
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 0.01}),
             param_space=space,
@@ -182,6 +184,8 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
         shutil.rmtree(notes.parent / "workers", ignore_errors=True)
         if any(not trial.state.is_finished() for trial in own_trials(asker.study)):
             raise KeyboardInterrupt  # Ray Tune takes a Ctrl-C for itself and comes back as if all were done
+        for trial in own_trials(asker.study):
+            Segments(population_folder(config), trial.number).discard()
     run.progress.update(asker.wanted, record=False)
     run.progress.finish()
 

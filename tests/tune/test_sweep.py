@@ -152,16 +152,30 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_
 @pytest.mark.skipif(
     "CLINKD_CLONES" not in os.environ, reason="a population trains side by side: minutes; CLINKD_CLONES=1"
 )
-def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
+def test_a_clone_goes_on_from_exactly_the_others_weights_and_a_kill_changes_no_population(
     finished: Path, tmp_path: Path
 ) -> None:
-    folder = root(finished, tmp_path)
+    folder, cut = root(finished, tmp_path / "whole"), root(finished, tmp_path / "cut")
     space = {"distill.optim.lr": {"kind": "loguniform", "low": 1e-5, "high": 1e-2}}
-    path = write(folder, space=space, sampler="random", scheduler="pbt", grace=2, trials=2)
+    path = write(tmp_path, space=space, sampler="random", scheduler="pbt", grace=2, trials=2)
     done = clinkd(folder, "sweep", path, *SMALL, *STEPS)
     assert done.returncode == 0, done.stderr
-    notes = folder / "runs" / "swept" / "sweep" / "clones.jsonl"
-    clones = lines(notes)
+    check_clones(folder, done.stdout)
+    # Once where all have been cloned or gone on, once near the end, where one of them may have ended.
+    kill_when(cut, path, lambda found: sum(4 in each[3] for each in found) == 1)
+    kill_when(cut, path, lambda found: sum(6 in each[3] for each in found) == 1)
+    again = clinkd(cut, "sweep", path, *SMALL, *STEPS)
+    assert again.returncode == 0, again.stderr
+    assert outcome(cut, path) == outcome(folder, path)
+    notes = [lines(place / "runs" / "swept" / "sweep" / "clones.jsonl") for place in (folder, cut)]
+    assert sorted(notes[0], key=str) == sorted(notes[1], key=str)
+    assert students(cut) == students(folder) != {}
+    for place in (folder, cut):  # nothing that only resuming needs
+        assert not list((place / "runs" / "artifacts").glob("distill-*.partial"))
+
+
+def check_clones(folder: Path, said: str) -> None:
+    clones = lines(folder / "runs" / "swept" / "sweep" / "clones.jsonl")
     assert clones, "nothing was cloned"
     for clone in clones:
         assert clone["trial"] != clone["from"]
@@ -174,7 +188,7 @@ def test_a_clone_goes_on_from_exactly_the_others_weights_with_its_own_settings(
     drawn = {row["values"]["distill.optim.lr"] for row in rows}
     assert not drawn & {clone["values"]["distill.optim.lr"] for clone in clones}  # perturbed
     best = rows[0]  # no configuration made it, but it is there, and what made it
-    assert (Path(best["model"]) / "model.safetensors").is_file() and "its student lies in" in done.stdout
+    assert (Path(best["model"]) / "model.safetensors").is_file() and "its student lies in" in said
     assert best["settings"][0]["from"] == 0 and all(row["settings"] for row in rows)
     assert any(len(row["settings"]) > 1 for row in rows)
 
