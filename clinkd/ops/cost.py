@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from clinkd.config import ConfigError
 
 MFU = (0.15, 0.35)
-CPU_MFU = (0.05, 0.25)
+CPU_MFU = (0.05, 0.3)
 GPU_MTBF = 50_000.0
 """Hours between failures of a GPU and what belongs to it: 419 in 54 days of 16,384 (Llama Team 2024,
 arXiv:2407.21783, section 3.3.4)."""
@@ -48,8 +48,8 @@ GPUS = {
     "v100": Accelerator(125e12, 32e9, 1.5),
     "mi300x": Accelerator(1307e12, 192e9, 2.5),
 }
-CPU_PEAK = 64e9
-"""FLOP/s of a core in float32: two fused multiply-adds of eight numbers at 2 GHz."""
+CPU_PEAK = 128e9
+"""FLOP/s of a core in float32: two fused multiply-adds of sixteen numbers at 2 GHz."""
 
 
 def accelerator(name: str, price: float | None = None) -> Accelerator:

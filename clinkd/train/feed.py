@@ -122,6 +122,8 @@ class Stream:
 class StreamTask(SupervisedTask):
     """Turns with their true answers, drawn from the shards while training."""
 
+    keeps = False  # a stream brings every image's pixels anew
+
     def __init__(self, spec: VqaSpec, source: StreamSpec, zero_stage: int = 0) -> None:
         self.source = source
         self.prepare(spec, zero_stage)

@@ -159,7 +159,7 @@ class SupervisedTask:
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
-        if self.keeps and hasattr(self, "images") and not self.zero3 and can_keep(model):
+        if self.keeps and not self.zero3 and can_keep(model):
             self.images.tower = tower_digest(model, torch.bfloat16 if self.spec.bf16 else dtype)
         return model
 
