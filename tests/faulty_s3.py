@@ -20,13 +20,18 @@ BUCKET = "lab"
 @dataclass
 class Faults:
     """Every so-manieth request fails: ``errors`` with 500, ``throttles`` with 503, ``drops`` by a connection
-    that ends in mid-answer, ``slow`` answers after ``delay`` seconds. 0 switches a fault off."""
+    that ends in mid-answer, ``slow`` answers after ``delay`` seconds. 0 switches a fault off.
+
+    ``stale``: a listing says for ever what it said when it was first asked for.
+    """
 
     errors: int = 0
     throttles: int = 0
     drops: int = 0
     slow: int = 0
     delay: float = 1.0
+    stale: bool = False
+    listings: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -56,6 +61,11 @@ class _Proxy(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(self.faults.delay)
+        listing = self.command == "GET" and "list-type=" in self.path
+        if self.faults.stale and listing and self.path in self.faults.listings:
+            self.faults.seen["stale"] += 1
+            self._answer(*self.faults.listings[self.path])
+            return
         connection = http.client.HTTPConnection(*self.target, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         connection.request(self.command, self.path, body or None, headers)
@@ -63,6 +73,8 @@ class _Proxy(BaseHTTPRequestHandler):
         data = answer.read()
         found = {n: v for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")}
         connection.close()
+        if listing:
+            self.faults.listings.setdefault(self.path, (answer.status, found, data))
         if fault == "drops":  # what was asked for is done, but (half of) the answer gets lost
             if self.command == "GET":
                 self.send_response(answer.status)

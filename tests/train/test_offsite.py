@@ -55,7 +55,7 @@ def s3(monkeypatch: pytest.MonkeyPatch):
 def test_errors_throttling_and_lost_connections_lose_no_checkpoint(s3: Faults, tmp_path: Path) -> None:
     """Saved, copied, lost here and fetched again, each time byte for byte."""
     where = f"s3://{BUCKET}/copies/distill"
-    s3.errors, s3.throttles, s3.drops, s3.slow, s3.delay = 17, 19, 23, 29, 0.3
+    s3.errors, s3.throttles, s3.drops, s3.slow, s3.delay, s3.stale = 17, 19, 23, 29, 0.3, True
     for step in range(1, ROUNDS + 1):
         job = Job(tmp_path / "here", where)
         wanted = job.save(step)
@@ -65,7 +65,7 @@ def test_errors_throttling_and_lost_connections_lose_no_checkpoint(s3: Faults, t
         assert newest is not None and newest.name == f"step-{step:08d}" and not damage(newest)
         assert read(newest) == wanted and not job.warnings and not again.warnings
     if ROUNDS >= 6:
-        assert s3.seen["errors"] and s3.seen["throttles"] and s3.seen["drops"]
+        assert all(s3.seen[fault] for fault in ("errors", "throttles", "drops", "slow", "stale"))
 
 
 def test_a_job_that_is_done_waits_for_no_copy_and_leaves_no_half_one(s3: Faults, tmp_path: Path) -> None:
