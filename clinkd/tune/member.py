@@ -45,18 +45,16 @@ class Segments:
         self._rungs.append(rung)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self._rungs))
-        for old in self._rungs[:-KEPT]:
-            _discard(old)
+        self._discard(len(self._rungs) - KEPT)
 
     def discard(self) -> None:
         """Deletes what is left of its drafts: the population is at its end."""
-        for rung in self._rungs:
-            _discard(rung)
+        self._discard(len(self._rungs))
 
-
-def _discard(rung: dict[str, Any]) -> None:
-    if rung["told"]["draft"]:
-        shutil.rmtree(rung["told"]["draft"], ignore_errors=True)
+    def _discard(self, before: int) -> None:
+        drafts = [rung["told"]["draft"] for rung in self._rungs]
+        for draft in set(drafts[: max(0, before)]) - set(drafts[max(0, before) :]) - {""}:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def population_folder(config: RunConfig) -> Path:
@@ -71,6 +69,7 @@ class Member(Trial):
     settings: list[dict[str, Any]] = field(default_factory=list)  # values, each with the step they hold from
     cloned: dict[str, Any] | None = None  # the checkpoint it began from, until the next rung tells of it
     weights: str = ""  # SHA-256 of the checkpoint of the last rung
+    lost: bool = False  # whether the checkpoint that it was to begin from is gone
 
     def __post_init__(self) -> None:
         self.settings = self.settings or [{"from": 0, "values": self.values}]
@@ -82,10 +81,10 @@ class Member(Trial):
             RuntimeError: the checkpoint that it would go on from is gone.
         """
         segments = Segments(population_folder(self.base), self.number)
-        key = fingerprint("segment", {}, self.salt() | {"values": self.values})
+        key = fingerprint("segment", {}, self.salt() | {"values": self.values, "after": self.step})
         found = segments.find(key)
         if found is None:
-            if self.step and self.start is None:
+            if self.lost:
                 raise RuntimeError(
                     f"trial {self.number} of the population: its checkpoint of step {self.step} is gone; "
                     f"put {sweep_folder(self.base)} away to begin anew"
@@ -96,7 +95,7 @@ class Member(Trial):
             found = {"key": key, "told": told, "reached": str(self.reached or ""), "weights": weights}
             segments.keep(found)
         self._begin_from(None)
-        self.cloned, told = None, found["told"]
+        self.cloned, self.lost, told = None, False, found["told"]
         self.step, self.weights = told["step"], found["weights"]
         self.reached = Path(found["reached"]) if found["reached"] else None
         return dict(told)
@@ -136,9 +135,10 @@ class Member(Trial):
             return
         checkpoint = Path(facts["checkpoint"])
         copied = None
-        if facts["checkpoint"] and checkpoint.is_dir():  # else its next rung is known, or it says so there
+        if facts["checkpoint"] and checkpoint.is_dir():
             copied = shutil.copytree(checkpoint, Path(tempfile.mkdtemp(prefix="clinkd-")) / checkpoint.name)
         self._begin_from(copied)
+        self.lost = copied is None
         self.step = facts["step"]
         led = {key: facts[key] for key in ("trial", "step", "lineage", "values", "weights")}
         self.lineage = [*facts["lineage"], fingerprint("clone", {}, led)]

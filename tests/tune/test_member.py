@@ -116,6 +116,17 @@ def test_rungs_are_remembered_by_what_led_to_them_and_old_drafts_go(tmp_path: Pa
     assert not any(draft.is_dir() for draft in drafts)
 
 
+def test_a_draft_that_goes_on_is_not_thrown_away_with_its_earlier_rungs(tmp_path: Path) -> None:
+    segments = Segments(tmp_path / "population", 3)
+    (tmp_path / "draft").mkdir()
+    for step in (2, 4, 6, 8):
+        told = {"step": step, "draft": str(tmp_path / "draft")}
+        segments.keep({"key": f"key {step}", "told": told, "reached": "", "weights": ""})
+    assert (tmp_path / "draft").is_dir()
+    segments.discard()
+    assert not (tmp_path / "draft").exists()
+
+
 def test_a_known_rung_is_told_again_without_training(tmp_path: Path, monkeypatch: Any) -> None:
     base = check_config({"run": {"root": str(tmp_path)}, "sweep": {"scheduler": "pbt"}}, "test")
     one = member(0, 1e-3)
