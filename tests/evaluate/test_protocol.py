@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prediction_rows import GOLDEN, IMAGES, golden, row
 
+from clinkd.data.boxes import iou
 from clinkd.data.records import MODALITIES
-from clinkd.evaluate.protocol import clean_response, iou_of_spans, numbers, score_roc, score_vg
+from clinkd.evaluate.protocol import clean_response, collect, iou_of_spans, numbers, score_roc, score_vg
 from clinkd.evaluate.score import read_predictions, score_task
 
 CLEANUP = json.loads((GOLDEN / "extract_information_expected.json").read_text())
@@ -115,6 +116,26 @@ def test_each_reason_to_skip_has_its_name(raw, reason):
 )
 def test_a_span_that_is_no_box_with_area_hits_nothing(span):
     assert not iou_of_spans([0.0, 0.0, 9.0, 9.0], span) > 0.5
+
+
+CORNERS = st.tuples(*[st.integers(0, 1000)] * 2, *[st.integers(1, 400)] * 2).map(
+    lambda at: [float(at[0]), float(at[1]), float(at[0] + at[2]), float(at[1] + at[3])]
+)
+
+
+@given(target=CORNERS, box=CORNERS)
+def test_boxes_with_area_overlap_as_anybody_would_say(target, box):
+    span = "({:g},{:g}),({:g},{:g})".format(*box)
+    assert iou_of_spans(target, span) == pytest.approx(iou(target, box), abs=1e-12)
+
+
+def test_a_target_of_another_number_of_corners_is_never_hit():
+    for target in ([], [0.0, 0.0, 9.0], [0.0, 0.0, 9.0, 9.0, 9.0]):
+        assert iou_of_spans(target, "0,0,9,9") == 0
+
+
+def test_a_caption_is_one_row_of_which_nothing_is_hit():
+    assert collect("rc", [row("a liver", "a liver", task="rc")]).counts == [(0, 1)]
 
 
 def test_whatever_python_reads_as_a_number_is_one():

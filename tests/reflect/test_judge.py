@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinkd.reflect.judge import REASONS, box_overlap, judge, repeats, score, tidy
+from clinkd.reflect.judge import REASONS, box_overlap, fault, judge, repeats, score, tidy
 from clinkd.reflect.similarity import RougeSimilarity
 
 LIVER = "The liver is located at the <box>(100,100),(300,300)</box>."
@@ -203,9 +203,24 @@ def test_overlap_of_bare_corners_and_of_one_box_over_two_targets() -> None:
 def test_repetition_needs_a_loop_not_a_list() -> None:
     assert repeats("no no no no")
     assert repeats("a b c a b c a b c")
+    assert repeats("so no no no no") and not repeats("so no no no")  # what stood before it does not count
+    lines = [" ".join(f"w{n}" for n in range(count)) for count in (12, 13)]
+    assert repeats(" ".join(lines[:1] * 3)) and not repeats(" ".join(lines[1:] * 3))
     assert not repeats("the liver, the spleen, the heart and the lung")
     assert not repeats("very very very large")
     assert not repeats("".join(f"<box>({n},0),({n + 9},9)</box>" for n in range(6)))
+
+
+def test_who_judges_by_hand_judges_as_published() -> None:
+    assert fault(sample("vg", LIVER), LIVER, 0.5) == "low_iou"
+    assert fault(sample("vg", LIVER), LIVER, 0.51) is None
+
+
+def test_a_side_must_be_said_where_it_is_asked_for() -> None:
+    side = "The left kidney is at <box>(0,0),(99,99)</box>."
+    assert fault(sample("vg", side), "The kidney is at <box>(0,0),(99,99)</box>.", 1.0) is None
+    for answer in ("kidney", "left kidney and right kidney", "right kidney"):
+        assert fault(sample("roc", "left kidney"), answer, 1.0) == "laterality"
 
 
 def test_wrong_calls_are_named() -> None:
