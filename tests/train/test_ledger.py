@@ -34,6 +34,22 @@ def test_workers_share_one_sequence(turns, per_group, world, batch, steps):
     assert shared == whole
 
 
+@given(TURNS, st.integers(1, 4), st.integers(0, 30), st.integers(0, 30))
+def test_the_sequence_is_one_epoch_after_the_other(turns, per_group, start, count):
+    size = Ledger(turns, per_group, 3).groups_per_epoch
+    epochs = [Ledger(turns, per_group, 3).epoch(number) for number in range((start + count) // size + 1)]
+    whole = [group for epoch in epochs for group in epoch]
+    taken = Ledger(turns, per_group, 3).take(start, count)
+    assert taken == whole[start : start + count] and len(taken) == count
+
+
+def test_it_is_short_to_print_however_much_it_keeps():
+    ledger = Ledger([4, 2], 2, 0)
+    before = repr(ledger)
+    ledger.epoch(0)
+    assert repr(ledger) == before
+
+
 @given(TURNS, st.integers(0, 40), st.integers(0, 20))
 def test_a_resumed_run_goes_on_with_exactly_the_rest(turns, start, count):
     assert Ledger(turns, 2, 5).take(0, start + count)[start:] == Ledger(turns, 2, 5).take(start, count)
