@@ -359,11 +359,31 @@ def test_parameters_out_of_range_are_refused(change, message):
         distill_loss(*case(), **{"a": 0.5, "temperature": 0.5, **change})
 
 
+def test_a_beta_that_only_jsd_reads_is_only_checked_for_it():
+    for divergence in ("forward_kl", "reverse_kl"):
+        found = distill_loss(*case(), a=0.5, temperature=0.5, divergence=divergence, jsd_beta=1.0)
+        assert found.total.isfinite()
+
+
+def test_parts_of_a_top_k_that_do_not_fit_are_refused():
+    inputs = case()
+    top, ids, tail = top_k(inputs, 4, 0.5, 31)
+    wrong = [(top[:, :3], ids, tail), (top[:6], ids[:6], tail), (top, ids, tail[:6]), (top, ids, tail[:, None])]
+    for parts in wrong:
+        with pytest.raises(ValueError, match=r"top_logits, top_ids and tail must be"):
+            distill_loss_topk(*inputs[:3], *parts, vocabulary=31, a=0.5, temperature=0.5)
+    for vocabulary in (4, 32):
+        with pytest.raises(ValueError, match="k < vocabulary <= 31"):
+            distill_loss_topk(*inputs[:3], top, ids, tail, vocabulary=vocabulary, a=0.5, temperature=0.5)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, head, targets, teacher, teacher_head = case()
     run = partial(distill_loss, a=0.5, temperature=0.5)
     for inputs, message in [
         ((hidden, head[:, :4], targets, teacher, teacher_head), r"\[N, H\]"),
+        ((hidden[None], head, targets, teacher, teacher_head), r"\[N, H\]"),
+        ((hidden[0], head, targets, teacher, teacher_head), r"\[N, H\]"),
         ((hidden, head, targets[:3], teacher, teacher_head), "targets"),
         ((hidden, head, targets - 100, teacher, teacher_head), "select answer tokens"),
         ((hidden, head, targets + 31, teacher, teacher_head), "targets must lie"),
