@@ -368,8 +368,8 @@ def test_a_beta_that_only_jsd_reads_is_only_checked_for_it():
 def test_parts_of_a_top_k_that_do_not_fit_are_refused():
     inputs = case()
     top, ids, tail = top_k(inputs, 4, 0.5, 31)
-    wrong = [(top[:, :3], ids, tail), (top[:6], ids[:6], tail), (top, ids, tail[:6]), (top, ids, tail[:, None])]
-    for parts in wrong:
+    cut = [(top[:, :3], ids, tail), (top[:6], ids[:6], tail), (top, ids, tail[:6])]
+    for parts in (*cut, (top, ids, tail[:, None])):
         with pytest.raises(ValueError, match=r"top_logits, top_ids and tail must be"):
             distill_loss_topk(*inputs[:3], *parts, vocabulary=31, a=0.5, temperature=0.5)
     for vocabulary in (4, 32):
