@@ -53,8 +53,10 @@ class Segments:
 
     def _discard(self, before: int) -> None:
         drafts = [rung["told"]["draft"] for rung in self._rungs]
+        runs = self.path.resolve().parents[3]  # RUNS/NAME/sweep/population/NUMBER.json
         for draft in set(drafts[: max(0, before)]) - set(drafts[max(0, before) :]) - {""}:
-            shutil.rmtree(draft, ignore_errors=True)
+            if Path(draft).resolve().is_relative_to(runs):
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def population_folder(config: RunConfig) -> Path:

@@ -127,6 +127,15 @@ def test_a_draft_that_goes_on_is_not_thrown_away_with_its_earlier_rungs(tmp_path
     assert not (tmp_path / "draft").exists()
 
 
+def test_nothing_outside_the_runs_is_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    segments = Segments(tmp_path / "runs" / "name" / "sweep" / "population", 0)
+    told = {"step": 2, "draft": str(tmp_path / "runs" / ".." / "elsewhere")}
+    segments.keep({"key": "a", "told": told, "reached": "", "weights": ""})
+    segments.discard()
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_a_known_rung_is_told_again_without_training(tmp_path: Path, monkeypatch: Any) -> None:
     base = check_config({"run": {"root": str(tmp_path)}, "sweep": {"scheduler": "pbt"}}, "test")
     one = member(0, 1e-3)
