@@ -140,11 +140,14 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Population based training (Jaderberg et al., 2017) whose rungs the study sees.
 
     What it draws follows from the seed, the trial and the step, so that it can be played again.
+
+    Args:
+        members: of the population; none goes on before all of them are there.
     """
 
-    def __init__(self, search: StudySearch, seed: int, **options: Any) -> None:
+    def __init__(self, search: StudySearch, seed: int, members: int, **options: Any) -> None:
         super().__init__(**options)
-        self.search, self.seed = search, seed
+        self.search, self.seed, self.members = search, seed, members
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "search"}
@@ -157,6 +160,11 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self.search.look(trial.trial_id, result)
+        if len(self._trial_state) < self.members:
+            # Ray Tune adds them one after the other, and what is played again is there at once: alone, it
+            # would not wait.
+            self._save_trial_state(self._trial_state[trial], result["step"], result, trial)
+            return str(TrialScheduler.PAUSE)
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def _checkpoint_or_exploit(self, trial: Any, *others: Any) -> None:
@@ -206,6 +214,7 @@ def population(search: StudySearch, config: RunConfig) -> Population:
     return Population(
         search,
         config.run.seed,
+        search.asker.wanted,
         time_attr="step",
         metric=config.sweep.metrics[0],
         mode="max",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from clinkd.config import check_config
 from clinkd.train.checkpoint import Checkpoints
 from clinkd.tune.member import KEPT, Member, Segments, digest, population_folder
-from clinkd.tune.search import drawn_by
+from clinkd.tune.search import drawn_by, population
 from clinkd.tune.trial import newest
 
 UNUSED: Any = None
@@ -161,6 +163,53 @@ def test_without_its_checkpoint_it_says_so_in_the_place_of_beginning_anew(tmp_pa
     back.base = one.base
     with pytest.raises(RuntimeError, match=r"checkpoint of step 4 is gone; put .* away"):
         back.advance()
+
+
+def test_who_is_there_first_waits_for_those_who_are_not_there_yet() -> None:
+    """Played again, a member is at its next rung before Ray Tune has added the other."""
+    base = check_config({
+        "sweep": {"scheduler": "pbt", "grace": 2, "metric": "likelihood", "space": {
+            "distill.optim.lr": {"kind": "loguniform", "low": 1e-5, "high": 1e-2}}},
+    }, "test")  # fmt: skip
+    search = SimpleNamespace(
+        asker=SimpleNamespace(wanted=2), trials={"0": None, "1": None}, numbers={}, look=lambda *_: True
+    )
+    scheduler = population(search, base)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(search_alg=None, trials=[])
+    run.get_live_trials = run.get_trials = lambda: run.trials
+
+    def added(number: int) -> Any:
+        kept = SimpleNamespace(num_to_keep=None)
+        manager = SimpleNamespace(checkpoint_manager=SimpleNamespace(checkpoint_config=kept))
+        values = {"distill.optim.lr": 10.0 ** -(number + 3)}
+        trial = Scheduled(f"id-{number}", {"trial": {"number": number, "values": values}}, manager)
+        run.trials.append(trial)
+        scheduler.on_trial_add(run, trial)
+        return trial
+
+    first = added(0)
+    assert scheduler.on_trial_result(run, first, {"step": 2, "likelihood": 0.2}) == "PAUSE"
+    first.status = "PAUSED"
+    assert scheduler._next_perturbation_sync == 2 and scheduler.choose_trial_to_run(run) is None
+    second = added(1)
+    assert scheduler.on_trial_result(run, second, {"step": 2, "likelihood": 0.1}) in ("PAUSE", "NOOP")
+    assert scheduler._next_perturbation_sync == 4  # together they went on
+
+
+@dataclass(eq=False)
+class Scheduled:
+    """What Ray Tune's scheduler reads of a trial."""
+
+    trial_id: str
+    config: dict[str, Any]
+    run_metadata: Any
+    status: str = "RUNNING"
+    experiment_tag: str = "0"
+    checkpoint: Any = None
+    temporary_state: Any = field(default_factory=lambda: SimpleNamespace(saving_to=None))
+
+    def is_finished(self) -> bool:
+        return False
 
 
 def test_draws_follow_from_their_seed_and_leave_the_generators_as_they_were() -> None:
