@@ -197,8 +197,7 @@ def sampler(config: RunConfig, number: int) -> Any:
     if kind == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=first)
     # A trial that is still running counts as a poor one, so that two at one time are not drawn alike. Each
-    # key by itself: on landscapes fitted to trials of benchmarks/search.py, where one key decides, 47 of 60
-    # seeds then reached random search's best in half of its steps, against 37 with keys drawn together.
+    # key by itself: a few trials do not show how keys depend on each other (benchmarks/search.py).
     return samplers.TPESampler(
         seed=seed, constant_liar=True, n_startup_trials=first, multivariate=False
     )  # fmt: skip
