@@ -228,6 +228,9 @@ class WatchSection(Section):
         "note", description="of a loss that explodes; rollback: to the last checkpoint, past those steps"
     )
     slow_step: float = Field(10, gt=1, description="times the median that a step is said to be slow at")
+    samples: bool = Field(
+        False, description="whether each rank keeps which samples every step was dealt, in samples-RANK.jsonl"
+    )
 
 
 class SinksSection(Section):

@@ -140,8 +140,7 @@ class DistillTask(SupervisedTask):
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         admitted = self.admitted(groups, step, total)
         inputs, tokens = super().batch(admitted, step, total)
-        names = [sample_id(self.ids[record], turn) for record, turns in admitted for turn in turns]
-        return inputs | self.cache.read(names), tokens
+        return inputs | self.cache.read(self.names(admitted)), tokens
 
     def admitted(self, groups: list[Group], step: int, total: int) -> list[Group]:
         """What of some groups is learned from in a step."""

@@ -11,6 +11,7 @@ Decisions:
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -21,6 +22,7 @@ import torch
 
 from clinkd.data.feed import Arrays, Resources, Shards, jobs, stream
 from clinkd.data.plan import Batch, LengthIndex, Past, PlanOptions, plan_epoch
+from clinkd.data.records import sample_id
 from clinkd.model.pixels import Numbers
 from clinkd.train.batches import BatchSpec
 from clinkd.train.tasks import SupervisedTask, VqaSpec
@@ -82,6 +84,7 @@ class Stream:
         self.spec, self.rank, self.world, self.limit = spec, rank, world, limit
         self.position = Position(**state) if state else Position()
         self._rounds: dict[int, int] = {}
+        self._dealt: deque[Batch] = deque()  # asked for, and not yet given
         past = self.position.past
         if not past or past[-1][0] != world:
             past.append([world, 0])
@@ -95,6 +98,7 @@ class Stream:
 
     def __next__(self) -> Arrays:
         arrays = next(self._batches)
+        self.last = self._dealt.popleft()
         self._advance()
         return arrays
 
@@ -110,7 +114,12 @@ class Stream:
             epoch, before, done = epoch + 1, (), 0
 
     def _run(self) -> Iterator[Arrays]:
-        work = jobs(self.spec.lengths, islice(self.planned(), self.limit))
+        def noted() -> Iterator[Batch]:
+            for batch in islice(self.planned(), self.limit):
+                self._dealt.append(batch)
+                yield batch
+
+        work = jobs(self.spec.lengths, noted())
         yield from stream(work, self.spec.shards, self.spec.batch.make, self.spec.resources)
 
     def _advance(self) -> None:
@@ -144,6 +153,15 @@ class Feed:
 
     def state(self) -> dict[str, Any]:
         return self.source.position.state()
+
+    def names(self) -> list[str]:
+        """The samples of the batch last given; of conversations, RECORD#0 stands for all turns."""
+        ids = self.source.spec.lengths.ids
+        sequences = self.source.last.sequences
+        return [
+            sample_id(ids[record], document)
+            for sequence in sequences for record, documents in sequence for document in documents
+        ]  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], int, int]]:
         return self

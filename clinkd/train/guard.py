@@ -7,7 +7,7 @@ Decisions:
   passed over. So it is with a loss that explodes, where ``watch.on_explosion`` is ``rollback``.
 - What a rank took for a step before it waited for the others travels with the counts of the next one.
 - A standing complaint is said once in a hundred steps. Warnings are lines of events.jsonl, beside the
-  metrics.
+  metrics, and so is each return to a checkpoint.
 """
 
 from __future__ import annotations
@@ -151,6 +151,11 @@ class Guard:
                 "memory", step, f"{memory.percent:.0f}% of the node's memory is used; fewer workers or "
                 "images a step keep Ray from ending them",
             )  # fmt: skip
+
+    def resumed(self, step: int, total: int, workers: int, zero_stage: int) -> None:
+        """A job goes on from a checkpoint, by the same command or after a worker was lost."""
+        who = f"{workers} worker{'s' * (workers > 1)} under ZeRO-{zero_stage}"
+        self.say("resumed", step, f"goes on from step {step} of {total}: {who}", always=True)
 
     def say(self, kind: str, step: int, text: str, always: bool = False) -> None:
         """A line of the events, unless the same was said lately."""

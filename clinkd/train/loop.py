@@ -48,6 +48,9 @@ class Task(Protocol):
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         """The module's arguments for these groups, and the tokens (or items) its sums are over."""
 
+    def names(self, groups: list[Group]) -> list[str]:
+        """The samples of these groups; asked for by ``watch.samples`` alone."""
+
     # A task with a method ``feed(rank, world, limit, state, device)`` is asked for a stream of micro-batches
     # in the place of ``turn_counts`` and ``batch``; see train/feed.py.
 
@@ -129,6 +132,7 @@ class Worker:
     def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
         import torch.distributed as dist
 
+        from clinkd.train.account import Account
         from clinkd.train.checkpoint import Checkpoints
         from clinkd.train.engine import import_engine
         from clinkd.train.guard import EVENTS, Guard
@@ -144,6 +148,9 @@ class Worker:
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
         self.guard = Guard(job.watch, job.stage, None if rank else Path(job.out) / EVENTS)
+        self.account: Account | None = None
+        if job.watch.samples:
+            self.account = Account(Path(job.out), rank)
         self.offsite: Any = None
         if job.store and not rank:
             from clinkd.train.offsite import Offsite
@@ -207,10 +214,14 @@ class Worker:
         optim = job.optim.model_copy(update={"accumulation": self.rounds})
         self.engine = start_engine(module, optim, job.compute, job.zero_stage, job.steps, universal=universal)
         self._restore(folder, standing)
+        if self.account:
+            self.account.begin(self.step)
         if self.rank == 0:
             keep_lines(self.metrics, self.step)
             if not back:  # else they tell of what it went back for
                 keep_lines(self.metrics.with_name(EVENTS), self.step)
+                if standing is not None:
+                    self.guard.resumed(self.step, job.steps, self.world, job.zero_stage)
 
     def _train(self, passed: set[int]) -> bool:
         """Steps until the job's end; false: asked to stop before it, with a checkpoint."""
@@ -262,12 +273,16 @@ class Worker:
         size = self.job.optim.batch_size
         if self.streams:
             for arguments, tokens, samples in islice(self.feed, self.rounds):
+                if self.account:
+                    self.account.deal(self.feed.names())
                 yield arguments, tokens, samples, True
             return
         for place in self.places:
             groups = self.ledger.share(self.consumed, place or 0, size)
             arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
             samples = len(arguments.get("input_ids", groups))
+            if self.account and place is not None:
+                self.account.deal(self.task.names(groups))
             yield (arguments, tokens, samples, True) if place is not None else (arguments, 0, 0, False)
 
     def _wishes(self) -> list[float]:
@@ -327,21 +342,16 @@ class Worker:
 
     def _log(self, sums: dict[str, float], totals: Totals, seconds: float, rate: float) -> None:
         """A line of the metrics; ``seconds`` of this step, ``rate`` in samples a second since the start."""
-        from clinkd.train.meter import gradient_norm, peak_memory_gib, publish, speed
+        from clinkd.train.meter import measured, publish
 
         publish(self.step, self.job.steps, sums["loss"], totals, seconds, self.engine.device, self.rank)
+        if self.account:
+            self.account.write(self.step)
         if self.rank:
             return
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
-        means = {key: value / max(totals.tokens, 1.0) for key, value in sums.items()}
-        line |= {key: round(value, 6) for key, value in means.items() if math.isfinite(value)}
-        line |= {"lr": self.engine.get_lr()[0], "tokens": int(totals.tokens), "samples_per_s": round(rate, 2)}
-        line |= speed(seconds, totals.input_tokens, totals.operations)
-        line["memory_gib"] = peak_memory_gib(self.engine.device)
-        line["libraries_gib"] = self.libraries_gib
-        norm = gradient_norm(self.engine)
-        if norm is not None and math.isfinite(norm):
-            line["grad_norm"] = norm
+        line |= measured(self.engine, sums, totals, seconds)
+        line |= {"samples_per_s": round(rate, 2), "libraries_gib": self.libraries_gib}
         if hasattr(self.task, "facts"):
             facts = self.task.facts(self.step - 1, self.job.steps)
             line |= {key: round(value, 6) for key, value in facts.items() if math.isfinite(value)}

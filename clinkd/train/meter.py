@@ -157,6 +157,19 @@ def document_lengths(arguments: Mapping[str, Any]) -> list[int]:
     return [int(length) for length in lengths[real].tolist()]
 
 
+def measured(engine: Any, sums: dict[str, float], totals: Totals, seconds: float) -> dict[str, Any]:
+    """A step's fields of metrics.jsonl: the ``sums`` over all tokens, speed and memory, where known."""
+    means = {key: value / max(totals.tokens, 1.0) for key, value in sums.items()}
+    found: dict[str, Any] = {key: round(value, 6) for key, value in means.items() if math.isfinite(value)}
+    found |= {"lr": engine.get_lr()[0], "tokens": int(totals.tokens)}
+    found |= speed(seconds, totals.input_tokens, totals.operations)
+    found["memory_gib"] = peak_memory_gib(engine.device)
+    norm = gradient_norm(engine)
+    if norm is not None and math.isfinite(norm):
+        found["grad_norm"] = norm
+    return found
+
+
 def speed(seconds: float, input_tokens: int, operations: float) -> dict[str, float]:
     """A step's fields of metrics.jsonl; of tokens and operations only what is known."""
     found: dict[str, float] = {"seconds": round(seconds, 4)}

@@ -127,7 +127,7 @@ class ReflectTask(SupervisedTask):
         mixed = [self._instead(group, rng) for group in groups]
         inputs, tokens = super().batch(mixed, step, total)
         if self.cache is not None:
-            names = [sample_id(self.ids[record], turn) for record, turns in mixed for turn in turns]
+            names = self.names(mixed)
             soft = [name in self.cache for name in names]
             inputs["soft_rows"] = torch.tensor(soft)
             if any(soft):

@@ -189,16 +189,18 @@ class SupervisedTask:
 
     def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
         rows = [self.row(record, turn, step, total) for record, turns in groups for turn in turns]
-        names = [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
         inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
         guided = self.spec.guidance.guided
         if guided != "none":
             grids = [self.images.grids(record) for record, turns in groups for _ in turns]
             merged = [merged_grids(grid, self.processor.merge_size) for grid in grids]
-            inputs |= guide_inputs(guided, [self.scores[name] for name in names], merged)
+            inputs |= guide_inputs(guided, [self.scores[name] for name in self.names(groups)], merged)
         if self.spec.coordinate_weight != 1:
             inputs["coordinates"] = self.coordinates(inputs["labels"])
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())
+
+    def names(self, groups: list[Group]) -> list[str]:
+        return [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
 
     def coordinates(self, labels: Tensor) -> Tensor:
         """[B, L]: answer tokens that are whole numbers between box tokens."""

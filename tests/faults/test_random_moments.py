@@ -14,14 +14,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from attempts import Attempts, jobs, samples_once_an_epoch
 from small_run import CONFIG, SMALL, clinkd, lines, start
 
 from clinkd.storage import sha256
+from clinkd.train.account import dealt
 
 pytestmark = pytest.mark.slow
 MOMENTS = int(os.environ.get("CLINKD_FAULTS", "0"))
 EACH = 8  # of one run
-LONGER = ["sft.steps=24", "distill.optim.steps=24", "reflect.optim.steps=24", "compute.checkpoint_every=4"]
+EVERY = 4  # steps between checkpoints
+LONGER = ["sft.steps=24", "distill.optim.steps=24", "reflect.optim.steps=24"]
+LONGER += [f"compute.checkpoint_every={EVERY}", "watch.samples=true"]
 ARGUMENTS = ("run", str(CONFIG), *SMALL, *LONGER)
 
 
@@ -65,20 +69,22 @@ def test_the_same_command_comes_to_the_same_run(tmp_path: Path) -> None:
     whole = clinkd(calm, *ARGUMENTS)
     assert whole.returncode == 0, whole.stderr
     chance = random.Random(int(os.environ.get("CLINKD_FAULTS_SEED", "0")))
-    killed: list[tuple[str, str]] = []
+    killed: list[str] = []
     while len(killed) < MOMENTS:
         torn = tmp_path / f"torn-{len(killed)}"
         torn.mkdir()
-        killed += disturbed(torn, min(EACH, MOMENTS - len(killed)), chance)
+        attempts = Attempts(torn / "runs" / "artifacts", calm / "runs" / "artifacts", EVERY)
+        killed += disturbed(torn, min(EACH, MOMENTS - len(killed)), chance, attempts)
         last = clinkd(torn, *ARGUMENTS)
         assert last.returncode == 0, last.stderr
+        attempts.ended()
         check_same(calm / "runs", torn / "runs")
-    print(f"{len(killed)} killed: {killed}")
+    print("", *killed, f"{len(killed)} killed", sep="\n")
 
 
-def disturbed(folder: Path, moments: int, chance: random.Random) -> list[tuple[str, str]]:
-    """Runs the command again and again, killing so many times; (what, in which stage) each."""
-    done: list[tuple[str, str]] = []
+def disturbed(folder: Path, moments: int, chance: random.Random, attempts: Attempts) -> list[str]:
+    """Runs the command again and again, killing so many times; says of each what it was."""
+    done: list[str] = []
     process = start(folder, *ARGUMENTS)
     try:
         while len(done) < moments:
@@ -89,7 +95,7 @@ def disturbed(folder: Path, moments: int, chance: random.Random) -> list[tuple[s
                 return done
             kind, where = chance.choice(["worker", "driver", "raylet"]), stage(folder)
             if process.poll() is None and kill_one(process, kind, chance):
-                done.append((kind, where))
+                done.append(f"{kind} in {where}: {attempts.killed()}")
             if process.poll() is not None:
                 process = start(folder, *ARGUMENTS)
     finally:
@@ -107,7 +113,7 @@ def stage(folder: Path) -> str:
 
 
 def check_same(calm: Path, torn: Path) -> None:
-    """Weights bit for bit, curves, and answers of every stage."""
+    """Weights bit for bit, curves, ledger and answers of every stage."""
     names = {path.name for path in (calm / "artifacts").iterdir() if path.is_dir()}
     assert names == {
         path.name for path in (torn / "artifacts").iterdir() if path.is_dir() and path.suffix != ".partial"
@@ -120,4 +126,10 @@ def check_same(calm: Path, torn: Path) -> None:
             wanted, found = lines(metrics), lines(ours / metrics.relative_to(theirs))
             assert [line["step"] for line in found] == list(range(1, len(wanted) + 1)), name
             assert [line.get("loss") for line in found] == [line.get("loss") for line in wanted], name
+    trained = jobs(calm / "artifacts")
+    assert len(trained) >= 4  # the guide, the teacher, distillation, reflection
+    for job in trained:
+        found = dealt(torn / "artifacts" / job)
+        assert found == dealt(calm / "artifacts" / job), job
+        samples_once_an_epoch(found)
     assert lines(torn / "tiny" / "predictions.jsonl") == lines(calm / "tiny" / "predictions.jsonl")

@@ -49,6 +49,9 @@ class LineTask:
     def turn_counts(self):
         return [1] * len(self.values)
 
+    def names(self, groups):
+        return [str(record) for record, _ in groups]
+
     def batch(self, groups, step, total):
         import os
 

@@ -184,11 +184,16 @@ def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conver
         losses = module(**wanted)
         streamed = {"loss": 0.0, "ce": 0.0}
         tokens_seen = 0
-        for inputs, tokens_here, _ in feed:
+        names = []
+        for inputs, tokens_here, samples in feed:
             tokens_seen += tokens_here
+            names += feed.names()
+            assert conversations or len(feed.names()) == samples
             for name, value in module(**inputs).items():
                 streamed[name] += value.item()
     assert tokens_seen == count
+    documents = [(record, turns[:1]) for record, turns in groups] if conversations else groups
+    assert sorted(names) == sorted(table.names(documents))
     for name, value in streamed.items():
         if conversations:  # later turns see the earlier ones: another loss, of the same size
             assert 0.9 < value / losses[name].item() < 1.1 and value != pytest.approx(

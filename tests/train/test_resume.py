@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from clinkd.config import WatchSection
 from clinkd.data.shards import DataError
+from clinkd.train.account import dealt
 from clinkd.train.checkpoint import Checkpoints
 from clinkd.train.resume import Begun, Standing, begun, loadable, places
 
@@ -62,12 +63,17 @@ def column(lines: list[dict], key: str) -> list[float]:
 @pytest.mark.slow
 def test_two_workers_then_one_then_two_learn_what_two_do(ray_session: None, tmp_path: Path) -> None:
     """Also from one ZeRO stage to another: the same samples in each step, the same curve and weights."""
+    watch = WatchSection(samples=True)
     ways = {"1": (1, 1, 1), "3": (3, 3, 3), "change": (2, 1, 2)}
-    calm = {way: train_line(tmp_path / f"calm-{way}", zero=stages[0]) for way, stages in ways.items()}
+    calm = {
+        way: train_line(tmp_path / f"calm-{way}", zero=stages[0], watch=watch) for way, stages in ways.items()
+    }
     lines = {}
     for workers, until, phase in ((2, 5, 0), (1, 9, 1), (2, None, 2)):
         for way, stages in ways.items():
-            lines[way] = train_line(tmp_path / way, zero=stages[phase], workers=workers, until=until, dealt=2)
+            lines[way] = train_line(
+                tmp_path / way, zero=stages[phase], workers=workers, until=until, dealt=2, watch=watch
+            )
     for way in ways:
         assert column(lines[way], "step") == list(range(1, 13))
         assert column(lines[way], "x") == column(calm[way], "x")
@@ -77,6 +83,14 @@ def test_two_workers_then_one_then_two_learn_what_two_do(ray_session: None, tmp_
             load_file(tmp_path / name / "model" / "model.safetensors") for name in (way, f"calm-{way}")
         )
         assert all(ours[key].allclose(theirs[key], rtol=1e-4, atol=1e-6) for key in theirs)
+        found, wanted = (dealt(tmp_path / name) for name in (way, f"calm-{way}"))
+        assert [sorted(step) for step in found.values()] == [sorted(step) for step in wanted.values()]
+        epochs = [step for step in found if step <= 8], [step for step in found if step > 8]  # 4 of 32 a step
+        first, second = ([sample for step in epoch for sample in found[step]] for epoch in epochs)
+        assert sorted(map(int, first)) == list(range(32)) and len(set(second)) == len(second)
+        assert [(line["event"], line["step"]) for line in events(tmp_path / way)] == [
+            ("resumed", 5), ("resumed", 9)
+        ]  # fmt: skip
 
 
 @pytest.mark.slow
