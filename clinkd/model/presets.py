@@ -130,7 +130,21 @@ def tiny_config(size: TinySize, tokenizer: Any) -> Any:
             "mrope_section": [*section, half - sum(section)],
         },
     }
-    vision = {
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=_tower(size),
+        image_token_id=ids[IMAGE],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # type: ignore[call-arg]
+    )
+
+
+def _tower(size: TinySize) -> dict[str, Any]:
+    """The vision tower's part of the configuration."""
+    return {
         "depth": size.vision_layers,
         "embed_dim": size.vision_hidden,
         "hidden_size": size.hidden,
@@ -141,16 +155,6 @@ def tiny_config(size: TinySize, tokenizer: Any) -> Any:
         "spatial_merge_size": 2,
         "initializer_range": 0.08,
     }
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[IMAGE],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # type: ignore[call-arg]
-    )
 
 
 def describe(size: TinySize) -> str:

@@ -140,43 +140,15 @@ def _nodes() -> list[Mapping[str, float]]:
 
 def _tune(run: Run, asker: Asker, most: int) -> None:
     """Drives the trials that are left, ``most`` at one time."""
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration stay true
-    from ray import tune
-
-    from clinkd.tune.search import CLONES, StudyScheduler, StudySearch, population
-
-    config, options = run.config, run.config.sweep
+    config = run.config
     ended = sum(trial.state.is_finished() for trial in own_trials(asker.study))
-    left = asker.wanted - ended
     run.progress.start("sweep", asker.wanted)
     run.progress.update(ended, record=False)
-    if left > 0:
-        base = config.model_dump()
-        base["run"] |= {"root": str(Path(config.run.root).resolve())}
-        trainable = tune.with_parameters(SweepTrial, base=base, local=cluster.started_here())
+    if ended < asker.wanted:
         board = Board(sweep_folder(config) / "tensorboard") if config.sinks.tensorboard else None
-        search = StudySearch(asker, board)
         notes = sweep_folder(config).resolve() / "tune"
         shutil.rmtree(notes, ignore_errors=True)  # the study is what a sweep goes on from
-        how: dict[str, Any] = {
-            "search_alg": search, "scheduler": StudyScheduler(search), "num_samples": left,
-            "max_concurrent_trials": most,
-        }  # fmt: skip
-        space = {}
-        if options.scheduler == "pbt":  # Ray Tune lets no searcher stand beside it: all are drawn before
-            how = {"scheduler": population(search, config)}
-            space = {"trial": tune.grid_search(search.all_at_once())}
-            (sweep_folder(config) / CLONES).unlink(missing_ok=True)  # what was cloned before is told again
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": 0.01}),
-            param_space=space,
-            tune_config=tune.TuneConfig(reuse_actors=True, **how),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(notes.parent), verbose=0,
-                failure_config=tune.FailureConfig(max_failures=options.retries),
-            ),
-        )  # fmt: skip
+        tuner = _tuner(config, asker, asker.wanted - ended, most, board, notes)
         with _count_trials(run, asker):
             tuner.fit()
         if board is not None:
@@ -188,6 +160,38 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
             Segments(population_folder(config), trial.number).discard()
     run.progress.update(asker.wanted, record=False)
     run.progress.finish()
+
+
+def _tuner(config: RunConfig, asker: Asker, left: int, most: int, board: Board | None, notes: Path) -> Any:
+    """Ray Tune over the ``left`` trials of the study; its own notes go into the folder ``notes``."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables at verbose=0 too
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the configuration stay true
+    from ray import tune
+
+    from clinkd.tune.search import CLONES, StudyScheduler, StudySearch, population
+
+    base = config.model_dump()
+    base["run"] |= {"root": str(Path(config.run.root).resolve())}
+    trainable = tune.with_parameters(SweepTrial, base=base, local=cluster.started_here())
+    search = StudySearch(asker, board)
+    space: dict[str, Any] = {}
+    how: dict[str, Any] = {
+        "search_alg": search, "scheduler": StudyScheduler(search), "num_samples": left,
+        "max_concurrent_trials": most,
+    }  # fmt: skip
+    if config.sweep.scheduler == "pbt":  # Ray Tune lets no searcher stand beside it: all are drawn before
+        how = {"scheduler": population(search, config)}
+        space = {"trial": tune.grid_search(search.all_at_once())}
+        (sweep_folder(config) / CLONES).unlink(missing_ok=True)  # what was cloned before is told again
+    return tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 0.01}),
+        param_space=space,
+        tune_config=tune.TuneConfig(reuse_actors=True, **how),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(notes.parent), verbose=0,
+            failure_config=tune.FailureConfig(max_failures=config.sweep.retries),
+        ),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
