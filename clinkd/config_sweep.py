@@ -95,5 +95,10 @@ class SweepSection(Section):
         return self
 
     @property
+    def population(self) -> bool:
+        """Whether trials clone each other (Population Based Training)."""
+        return self.scheduler == "pbt"
+
+    @property
     def metrics(self) -> list[str]:
         return [self.metric] if isinstance(self.metric, str) else list(self.metric)

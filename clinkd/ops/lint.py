@@ -60,7 +60,7 @@ def placement(config: RunConfig, cluster: Cluster) -> Iterator[str]:
             continue
         fit = int(there / wanted + 1e-9)
         asked = min(config.sweep.concurrent or 0, trials_wanted(config))
-        if config.sweep.scheduler == "pbt" and trials_wanted(config) > fit:
+        if config.sweep.population and trials_wanted(config) > fit:
             yield (
                 f"sweep.trials: a population of {trials_wanted(config)} trains side by side and wants "
                 f"{trials_wanted(config) * wanted:g} {kind}s, the cluster has {there:g}: members would "

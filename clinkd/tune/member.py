@@ -33,8 +33,9 @@ KEPT = 2
 class Segments:
     """A member's rungs, in a file of the sweep's folder; each ``{"key", "told", "reached", "weights"}``."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.path = folder / f"{number}.json"
+    def __init__(self, config: RunConfig, number: int) -> None:
+        self.path = sweep_folder(config) / "population" / f"{number}.json"
+        self.runs = Path(config.run.root).resolve()
         self._rungs: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else []
 
     def find(self, key: str) -> dict[str, Any] | None:
@@ -53,14 +54,9 @@ class Segments:
 
     def _discard(self, before: int) -> None:
         drafts = [rung["told"]["draft"] for rung in self._rungs]
-        runs = self.path.resolve().parents[3]  # RUNS/NAME/sweep/population/NUMBER.json
         for draft in set(drafts[: max(0, before)]) - set(drafts[max(0, before) :]) - {""}:
-            if Path(draft).resolve().is_relative_to(runs):
+            if Path(draft).resolve().is_relative_to(self.runs):
                 shutil.rmtree(draft, ignore_errors=True)
-
-
-def population_folder(config: RunConfig) -> Path:
-    return sweep_folder(config) / "population"
 
 
 @dataclass
@@ -76,14 +72,18 @@ class Member(Trial):
     def __post_init__(self) -> None:
         self.settings = self.settings or [{"from": 0, "values": self.values}]
 
+    @property
+    def key(self) -> str:
+        """Names the next rung by all that leads to it."""
+        return fingerprint("segment", {}, self.salt() | {"values": self.values, "after": self.step})
+
     def advance(self) -> dict[str, Any]:
         """As of any trial, with all ``settings`` that made it, and what it was ``cloned`` from, as JSON.
 
         Raises:
             RuntimeError: the checkpoint that it would go on from is gone.
         """
-        segments = Segments(population_folder(self.base), self.number)
-        key = fingerprint("segment", {}, self.salt() | {"values": self.values, "after": self.step})
+        segments, key = Segments(self.base, self.number), self.key  # before it trains, which moves on
         found = segments.find(key)
         if found is None:
             if self.lost:

@@ -54,7 +54,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def look(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Notes a rung; whether the trial is to go on."""
         trial, names = self.trials[trial_id], self.asker.config.sweep.metrics
-        if self.asker.config.sweep.scheduler == "pbt":
+        if self.asker.config.sweep.population:
             self._note_clone(result)
         known = self.asker.study.get_trials(deepcopy=False)[trial.number]
         if known.state.is_finished():  # of a population that is played again
@@ -62,7 +62,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         trial.set_user_attr("step", result["step"])
         if result["done"] and result.get("model"):
             trial.set_user_attr("model", result["model"])
-        if self.asker.config.sweep.scheduler == "pbt":
+        if self.asker.config.sweep.population:
             trial.set_user_attr("settings", json.loads(result["settings"]))
         if self.board is not None and result["step"] not in known.intermediate_values:
             self.board.rung(trial.number, {name: result[name] for name in names}, result["step"])

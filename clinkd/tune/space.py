@@ -148,5 +148,5 @@ def rungs(base: RunConfig, total: int) -> list[int]:
     found, step = [], options.grace
     while step < total:
         found.append(step)
-        step = step + options.grace if options.scheduler == "pbt" else step * options.reduction
+        step = step + options.grace if options.population else step * options.reduction
     return [*found, total]

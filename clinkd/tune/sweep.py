@@ -29,7 +29,7 @@ from clinkd.report.sweep import build_sweep
 from clinkd.stages import pipeline, training
 from clinkd.stages.base import Run, open_run, write_whole
 from clinkd.tune.board import Board
-from clinkd.tune.member import Segments, population_folder
+from clinkd.tune.member import Segments
 from clinkd.tune.space import check_space, reflects
 from clinkd.tune.study import Asker, open_study, own_trials, sweep_folder
 from clinkd.tune.summary import best_config, importances, rows_of, saved, write_best
@@ -65,7 +65,7 @@ def sweep(config: RunConfig, fixed: Sequence[Mapping[str, Any]] | None = None) -
     with open_run(config) as run, _alone(sweep_folder(config)):
         run.connect()
         most = concurrent_trials(config, _nodes(), cluster.data_cpus())
-        if config.sweep.scheduler == "pbt" and config.sweep.trials > most and not cluster.started_here():
+        if config.sweep.population and config.sweep.trials > most and not cluster.started_here():
             raise ConfigError(
                 f"sweep.trials: a population of {config.sweep.trials} trains side by side, the cluster has "
                 f"room for {most}; lower it, or take scheduler: asha"
@@ -80,7 +80,7 @@ def sweep(config: RunConfig, fixed: Sequence[Mapping[str, Any]] | None = None) -
         facts = saved(run, rows, training.distill_steps(run))
         write_whole(run.folder / "sweep.json", json.dumps({"trials": rows} | facts, indent=1))
         if fixed is None:
-            if config.sweep.scheduler != "pbt":  # a population's settings changed under way
+            if not config.sweep.population:  # a population's settings changed under way
                 write_best(best_config(config, rows), run.folder)
             shares = importances(study, config)
             build_sweep(config.run.name, rows, config.sweep.metrics, facts, shares, run.folder / "sweep.html")
@@ -157,7 +157,7 @@ def _tune(run: Run, asker: Asker, most: int) -> None:
         if any(not trial.state.is_finished() for trial in own_trials(asker.study)):
             raise KeyboardInterrupt  # Ray Tune takes a Ctrl-C for itself and comes back as if all were done
         for trial in own_trials(asker.study):
-            Segments(population_folder(config), trial.number).discard()
+            Segments(config, trial.number).discard()
     run.progress.update(asker.wanted, record=False)
     run.progress.finish()
 
@@ -179,7 +179,7 @@ def _tuner(config: RunConfig, asker: Asker, left: int, most: int, board: Board |
         "search_alg": search, "scheduler": StudyScheduler(search), "num_samples": left,
         "max_concurrent_trials": most,
     }  # fmt: skip
-    if config.sweep.scheduler == "pbt":  # Ray Tune lets no searcher stand beside it: all are drawn before
+    if config.sweep.population:  # Ray Tune lets no searcher stand beside it: all are drawn before
         how = {"scheduler": population(search, config)}
         space = {"trial": tune.grid_search(search.all_at_once())}
         (sweep_folder(config) / CLONES).unlink(missing_ok=True)  # what was cloned before is told again

@@ -33,7 +33,7 @@ class SweepTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         chosen = new_config.get("trial", new_config)
-        kind = Member if self._base.sweep.scheduler == "pbt" else Trial
+        kind = Member if self._base.sweep.population else Trial
         self._trial = kind(dict(chosen["values"]), self._base, self._warm, chosen["number"])
         return True
 

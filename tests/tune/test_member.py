@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clinkd.config import check_config
+from clinkd.config import RunConfig, check_config
 from clinkd.train.checkpoint import Checkpoints
-from clinkd.tune.member import KEPT, Member, Segments, digest, population_folder
+from clinkd.tune.member import KEPT, Member, Segments, digest
 from clinkd.tune.search import drawn_by, population
 from clinkd.tune.trial import newest
 
@@ -27,6 +27,10 @@ def member(number: int, rate: float, step: int = 0, reached: Path | None = None)
     return Member(
         {"distill.optim.lr": rate}, UNUSED, UNUSED, number, step=step, reached=reached, weights=weights
     )
+
+
+def sweep_in(runs: Path) -> RunConfig:
+    return check_config({"run": {"root": str(runs)}, "sweep": {"scheduler": "pbt"}}, "test")
 
 
 def checkpoint(folder: Path, text: str) -> Path:
@@ -75,7 +79,7 @@ def test_a_clone_of_a_clone_has_two_behind_it(tmp_path: Path) -> None:
 
 def test_clones_of_one_with_the_same_values_are_told_apart(tmp_path: Path) -> None:
     source = member(0, 1e-3, step=4, reached=checkpoint(tmp_path / "a", "good"))
-    source.base = check_config({"sweep": {"scheduler": "pbt"}}, "test")
+    source.base = sweep_in(tmp_path)
     salts = []
     for number in (1, 2):
         clone = handed_on(source, member(number, 1e-3))
@@ -107,19 +111,19 @@ def noted(folder: Path, segments: Segments, step: int) -> Path:
 
 
 def test_rungs_are_remembered_by_what_led_to_them_and_old_drafts_go(tmp_path: Path) -> None:
-    segments = Segments(tmp_path / "population", 3)
+    segments = Segments(sweep_in(tmp_path), 3)
     drafts = [noted(tmp_path, segments, step) for step in (2, 4, 6)]
-    again = Segments(tmp_path / "population", 3)
+    again = Segments(sweep_in(tmp_path), 3)
     found = [again.find(f"key {step}") for step in (2, 4, 6, 8)]
     assert [rung and rung["told"]["likelihood"] for rung in found] == [0.2, 0.4, 0.6, None]
-    assert Segments(tmp_path / "population", 4).find("key 2") is None
+    assert Segments(sweep_in(tmp_path), 4).find("key 2") is None
     assert [draft.is_dir() for draft in drafts] == [False, True, True] and KEPT == 2
     again.discard()
     assert not any(draft.is_dir() for draft in drafts)
 
 
 def test_a_draft_that_goes_on_is_not_thrown_away_with_its_earlier_rungs(tmp_path: Path) -> None:
-    segments = Segments(tmp_path / "population", 3)
+    segments = Segments(sweep_in(tmp_path), 3)
     (tmp_path / "draft").mkdir()
     for step in (2, 4, 6, 8):
         told = {"step": step, "draft": str(tmp_path / "draft")}
@@ -131,26 +135,20 @@ def test_a_draft_that_goes_on_is_not_thrown_away_with_its_earlier_rungs(tmp_path
 
 def test_nothing_outside_the_runs_is_thrown_away(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    segments = Segments(tmp_path / "runs" / "name" / "sweep" / "population", 0)
+    segments = Segments(sweep_in(tmp_path / "runs"), 0)
     told = {"step": 2, "draft": str(tmp_path / "runs" / ".." / "elsewhere")}
     segments.keep({"key": "a", "told": told, "reached": "", "weights": ""})
     segments.discard()
     assert (tmp_path / "elsewhere").is_dir()
 
 
-def test_a_known_rung_is_told_again_without_training(tmp_path: Path, monkeypatch: Any) -> None:
-    base = check_config({"run": {"root": str(tmp_path)}, "sweep": {"scheduler": "pbt"}}, "test")
+def test_a_known_rung_is_told_again_without_training(tmp_path: Path) -> None:
     one = member(0, 1e-3)
-    one.base = base
-    keys: list[str] = []
-    monkeypatch.setattr(Segments, "find", lambda self, key: keys.append(key) and None)
-    with pytest.raises(AttributeError):  # unknown, it would train, and has nothing to train with
-        one.advance()
-    monkeypatch.undo()
+    one.base = sweep_in(tmp_path)
     reached = checkpoint(tmp_path / "draft", "good")
     told = {"step": 4, "done": False, "draft": "", "settings": "[]", "cloned": "", "likelihood": 0.5}
-    Segments(population_folder(base), 0).keep(
-        {"key": keys[0], "told": told, "reached": str(reached), "weights": digest(reached)}
+    Segments(one.base, 0).keep(
+        {"key": one.key, "told": told, "reached": str(reached), "weights": digest(reached)}
     )
     assert one.advance() == told and (one.step, one.reached) == (4, reached)
     assert one.hand_on()["weights"] == digest(reached)
