@@ -151,6 +151,9 @@ def test_ranks_of_unequal_counts_sum_to_the_whole_batch(split, as_tensor):
 def test_a_normaliser_of_zero_gives_zero_not_nan():
     assert distill_loss(*case(n=0), a=0.5, temperature=0.5, normalizer=0).total.item() == 0
     assert answer_loss(*case(n=0)[:3], normalizer=torch.tensor(0)).item() == 0
+    inputs = case(n=3)  # of rows that count nothing
+    loss = distill_loss(*inputs, a=0.5, temperature=0.5, normalizer=0).total
+    assert loss.item() == 0 and not any(gradient.any() for gradient in gradients(loss, inputs))
 
 
 def test_the_teacher_gets_no_gradient_and_a_frozen_head_costs_none():
@@ -161,6 +164,16 @@ def test_the_teacher_gets_no_gradient_and_a_frozen_head_costs_none():
     distill_loss(hidden, frozen, targets, teacher, teacher_head, a=0.5, temperature=0.5).total.backward()
     assert hidden.grad is not None
     assert frozen.grad is None and teacher.grad is None and teacher_head.grad is None
+
+
+@pytest.mark.parametrize("part", ["total", "kd", "ce"])
+def test_a_head_over_frozen_states_has_the_gradient_that_it_has_over_others(part):
+    hidden, *rest = case()
+    wanted, found = (
+        torch.autograd.grad(getattr(distill_loss(states, *rest, a=0.5, temperature=0.5), part), rest[0])
+        for states in (hidden, hidden.detach())
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 def test_without_gradients_the_values_are_the_same():
@@ -351,6 +364,8 @@ def test_top_k_without_tokens():
         ({"temperature": 0.0}, "temperature"),
         ({"divergence": "kl"}, "divergence must be one of"),
         ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta"),
+        ({"divergence": "jsd", "jsd_beta": 0.0}, "jsd_beta"),
+        ({"divergence": "jsd", "jsd_beta": -0.5}, "jsd_beta"),
         ({"chunk_size": 0}, "chunk_size"),
     ],
 )
@@ -384,6 +399,7 @@ def test_shapes_that_do_not_fit_are_refused():
         ((hidden, head[:, :4], targets, teacher, teacher_head), r"\[N, H\]"),
         ((hidden[None], head, targets, teacher, teacher_head), r"\[N, H\]"),
         ((hidden[0], head, targets, teacher, teacher_head), r"\[N, H\]"),
+        ((hidden[:5][None], head, targets[:1], teacher[:1], teacher_head), r"\[N, H\]"),
         ((hidden, head, targets[:3], teacher, teacher_head), "targets"),
         ((hidden, head, targets - 100, teacher, teacher_head), "select answer tokens"),
         ((hidden, head, targets + 31, teacher, teacher_head), "targets must lie"),
