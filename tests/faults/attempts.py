@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -56,6 +57,18 @@ class Attempts:
             said.append(f"step {stand.reached}, goes on from {stand.newest}")
         return "; ".join(said) or "nothing was trained"
 
+    def finished(self, stage: str) -> bool:
+        return any(not path.suffix for path in self.artifacts.glob(f"{stage}-*"))
+
+    def reached(self, stage: str, since: float) -> int:
+        """The last step of a stage under way, where it was taken after ``since``; else 0."""
+        for metrics in self.artifacts.glob(f"{stage}-*.partial/**/metrics.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # it is done this very moment
+                lines = _whole_lines(metrics)
+                if lines and metrics.stat().st_mtime > since:
+                    return int(lines[-1]["step"])
+        return 0
+
     def ended(self) -> None:
         """The run is done: where its last attempts went on."""
         for job, stand in self.stands.items():
@@ -106,5 +119,5 @@ def _finished(folder: Path, stand: Stand) -> bool:
 def _whole_lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
-    whole = path.read_text().rpartition("\n")[0]
+    whole = path.read_text().rpartition("\n")[0]  # a line may be half-written
     return [json.loads(line) for line in whole.splitlines()]

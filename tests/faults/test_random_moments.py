@@ -1,5 +1,7 @@
 """kill -9 of a worker, the driver or the raylet at random moments of a whole run; the same command each time.
 
+Half of the moments are of time, half are steps of a stage that trains.
+
 Long, so it runs where CLINKD_FAULTS says how many moments: CLINKD_FAULTS=10 pytest tests/faults
 """
 
@@ -10,6 +12,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,6 +27,8 @@ pytestmark = pytest.mark.slow
 MOMENTS = int(os.environ.get("CLINKD_FAULTS", "0"))
 EACH = 8  # of one run
 EVERY = 4  # steps between checkpoints
+TRAINED = {"guide": 4, "teacher": 24, "distill": 24, "reflect": 24}
+LONGEST = 240  # seconds to wait for a step
 LONGER = ["sft.steps=24", "distill.optim.steps=24", "reflect.optim.steps=24"]
 LONGER += [f"compute.checkpoint_every={EVERY}", "watch.samples=true"]
 ARGUMENTS = ("run", str(CONFIG), *SMALL, *LONGER)
@@ -82,15 +87,27 @@ def test_the_same_command_comes_to_the_same_run(tmp_path: Path) -> None:
     print("", *killed, f"{len(killed)} killed", sep="\n")
 
 
+def moment(attempts: Attempts, chance: random.Random) -> Callable[[], bool]:
+    """Whether it is time to kill: after some seconds, mostly while something starts, or in a step."""
+    begun = time.monotonic()
+    stages = [stage for stage in TRAINED if not attempts.finished(stage)]
+    if not stages or chance.random() < 0.5:
+        seconds = chance.uniform(4, 75)
+        return lambda: time.monotonic() > begun + seconds
+    stage, now = chance.choice(stages), time.time()
+    step = chance.randint(1, TRAINED[stage] - 1)
+    return lambda: attempts.reached(stage, now) >= step or time.monotonic() > begun + LONGEST
+
+
 def disturbed(folder: Path, moments: int, chance: random.Random, attempts: Attempts) -> list[str]:
     """Runs the command again and again, killing so many times; says of each what it was."""
     done: list[str] = []
     process = start(folder, *ARGUMENTS)
     try:
         while len(done) < moments:
-            until = time.monotonic() + chance.uniform(4, 75)
-            while time.monotonic() < until and process.poll() is None:
-                time.sleep(0.1)
+            come = moment(attempts, chance)
+            while process.poll() is None and not come():
+                time.sleep(0.05)
             if process.poll() == 0:
                 return done
             kind, where = chance.choice(["worker", "driver", "raylet"]), stage(folder)
