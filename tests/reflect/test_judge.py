@@ -57,6 +57,12 @@ CASES = [
     ("vg", TWO, "They are at <box>(0,0),(100,100)</box>.", "low_iou"),
     ("vg", TWO, "<box>(500,500),(600,600)</box><box>(0,0),(100,100)</box>", None),
     ("vg", LIVER, "The liver: <box>(100,100),(300,300)</box> or <box>(500,500),(700,700)</box>", None),
+    (
+        "vg",
+        LIVER,
+        "The liver, beside the spleen, the heart and the kidney, is at <box>(100,100),(300,300)</box>.",
+        None,
+    ),
     # Referring object classification: the words decide.
     ("roc", "Sacrum", "Sacrum", None),
     ("roc", "Sacrum", "This is the sacrum.", None),
@@ -79,6 +85,7 @@ CASES = [
     ("roc", "Choroid plexus", "Caudate", "wrong_object"),
     ("roc", "Hip", "hip ship", None),
     ("roc", "Hip", "A ship", "wrong_object"),  # whole words, unlike the published metric
+    ("roc", "Liver <box>(100,100),(300,300)</box>", "Liver", None),  # its box was the question's
     ("roc", "Sacrum", "   ", "empty"),
     ("roc", "Sacrum", "...", "empty"),
     ("roc", "Sacrum", "sacrum sacrum sacrum sacrum sacrum", "repetition"),
@@ -165,6 +172,20 @@ def test_a_threshold_is_the_callers() -> None:
         [sample("mia", SCENE)], ["An image of the liver."], RougeSimilarity(), similarity_threshold=0.1
     )[0]
     assert not short.needs_correction
+    exactly = judge(
+        [sample("mia", SCENE)], ["An image of the liver."], RougeSimilarity(),
+        similarity_threshold=short.similarity or 1.0,
+    )  # fmt: skip
+    assert exactly[0].reason is None
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [("roc", None), ("rc", "low_similarity"), ("mia", "low_similarity"), ("vg", "low_similarity")],
+)
+def test_only_a_classification_is_right_by_the_words_it_contains(task: str, reason: str | None) -> None:
+    answer = "Something that may well be, as far as can be told from here, the sacrum of a person."
+    assert judge([sample(task, "Sacrum")], [answer], RougeSimilarity())[0].reason == reason
 
 
 def test_how_many_names_must_agree_is_the_callers() -> None:
@@ -202,7 +223,7 @@ def test_overlap_of_bare_corners_and_of_one_box_over_two_targets() -> None:
 
 def test_repetition_needs_a_loop_not_a_list() -> None:
     assert repeats("no no no no")
-    assert repeats("a b c a b c a b c")
+    assert repeats("a b c a b c a b c") and not repeats("a b c a b c")
     assert repeats("so no no no no") and not repeats("so no no no")  # what stood before it does not count
     lines = [" ".join(f"w{n}" for n in range(count)) for count in (12, 13)]
     assert repeats(" ".join(lines[:1] * 3)) and not repeats(" ".join(lines[1:] * 3))
@@ -214,6 +235,7 @@ def test_repetition_needs_a_loop_not_a_list() -> None:
 def test_who_judges_by_hand_judges_as_published() -> None:
     assert fault(sample("vg", LIVER), LIVER, 0.5) == "low_iou"
     assert fault(sample("vg", LIVER), LIVER, 0.51) is None
+    assert fault(sample("roc", "Liver"), "Spleen", 1.0) == "wrong_object"
 
 
 def test_a_side_must_be_said_where_it_is_asked_for() -> None:
