@@ -1,10 +1,8 @@
-"""One small interface to image-text encoders, and how a folder is told to be one.
+"""One small interface to image-text encoders, and what all of their folders have in common.
 
 Decisions:
-- An encoder is a folder on disk, known by the files in it; nothing is fetched and no code of a folder runs.
 - Logits are the encoder's own (scale, cosine, bias as it was trained) and uncalibrated: what a logit is
   worth on the images at hand is for the caller to fit.
-- This module knows the kinds that other people's checkpoints come in; ``guide.open_any`` knows ours too.
 """
 
 from __future__ import annotations
@@ -16,19 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from torch import Tensor
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
-TRANSFORMERS_KINDS = ("clip", "siglip", "siglip2")
 TRANSFORMERS_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-ACCEPTED = (
-    f"accepted are a transformers folder ({CONFIG} of model_type {', '.join(TRANSFORMERS_KINDS)}) and an "
-    f"open_clip folder ({OPEN_CLIP_CONFIG} and weights)"
-)
 
 
 @dataclass(frozen=True)
@@ -66,37 +58,6 @@ class Encoder(Protocol):
         Raises:
             ValueError: the encoder has no dense features.
         """
-
-
-def open_encoder(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder in a folder, told by its files.
-
-    Args:
-        path: a transformers folder of CLIP, SigLIP or SigLIP 2 (weights, tokenizer and preprocessor beside
-            ``config.json``) or an open_clip folder (``open_clip_config.json`` and weights; see
-            :mod:`clinkd.model.open_clip_guide` for what BiomedCLIP's has to hold).
-        device: where the model and what it returns live.
-
-    Raises:
-        ValueError: no such folder, none of these, or something is missing in it; one line says what.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"guide {path}: no such folder")
-    kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
-    open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
-    # A hub repository may hold one model in both forms: transformers' needs no package more.
-    whole = any((folder / name).is_file() for name in TRANSFORMERS_WEIGHTS)
-    if kind in TRANSFORMERS_KINDS and (whole or not open_clip):
-        from clinkd.model.clip import open_transformers
-
-        return open_transformers(folder, device, str(kind))
-    if open_clip:
-        from clinkd.model.open_clip_guide import open_open_clip
-
-        return open_open_clip(folder, device)
-    found = f"{CONFIG} is of model_type {kind!r}" if kind else f"neither {CONFIG} with a model_type nor "
-    raise ValueError(f"guide {folder}: {found}{'' if kind else OPEN_CLIP_CONFIG}; {ACCEPTED}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

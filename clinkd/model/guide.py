@@ -177,7 +177,7 @@ def open_any(path: str | Path, device: str = "cpu") -> Encoder:
     Raises:
         ValueError: no encoder there.
     """
-    from clinkd.model.encoders import open_encoder
+    from clinkd.model.encoder_folder import open_encoder
     from clinkd.model.tiny_guide import WEIGHTS, TinyEncoder
 
     if (Path(path) / WEIGHTS).is_file():

@@ -15,7 +15,7 @@ from encoder_folders import changed, noise, save_clip, save_siglip, save_siglip2
 from PIL import Image
 
 from clinkd.model.contrastive import watched
-from clinkd.model.encoders import open_encoder
+from clinkd.model.encoder_folder import open_encoder
 
 TEXTS = ["the left kidney", "a scan of the liver", "lung", "the spleen on the right"]
 LONG = "the left kidney of the liver " + "spleen " * 40

@@ -18,7 +18,7 @@ from encoder_folders import changed, noise, save_tokenizer
 from PIL import Image
 
 from clinkd.model.contrastive import watched
-from clinkd.model.encoders import open_encoder
+from clinkd.model.encoder_folder import open_encoder
 
 open_clip: Any = pytest.importorskip("open_clip", reason="the extra 'open_clip' is not installed")
 
