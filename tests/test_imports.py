@@ -1,6 +1,7 @@
 """The import direction of the rooms: each may know only the rooms below it."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import clinkd
@@ -42,6 +43,24 @@ def test_imports_go_one_way() -> None:
             if not allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {other}")
     assert not wrong, wrong
+
+
+def modules(path: Path) -> set[str]:
+    """The modules of the package that a file imports by ``from``, also inside a function."""
+    return {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clinkd.")
+    }
+
+
+def test_no_two_modules_import_each_other_by_any_way() -> None:
+    known = {
+        ".".join(["clinkd", *path.relative_to(ROOT).with_suffix("").parts]): modules(path)
+        for path in ROOT.rglob("*.py")
+    }
+    order = list(TopologicalSorter(known).static_order())  # raises CycleError, which tells the circle
+    assert order.index("clinkd.model.encoders") < order.index("clinkd.model.encoder_folder")
 
 
 def test_the_model_room_knows_no_ray_and_the_data_room_no_torch() -> None:
