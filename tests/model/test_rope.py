@@ -195,6 +195,14 @@ def test_patch_guidance_stretches_the_rows_and_columns_the_guide_looks_at():
     )
 
 
+def test_however_strong_patch_guidance_a_line_keeps_a_64th_of_its_step():
+    relevance = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])  # of three rows the middle one
+    guidance = RopeGuidance(alpha_h=2.0, gamma=3.0, mode="patch")
+    position, _ = index(**batch([[1, (1, 3, 2), 1]]), guidance=guidance, relevance=relevance)
+    middle, last = position[1, 0, [3, 5]].tolist()
+    assert middle == 1 + 2.0 / 64 and last == pytest.approx(middle + 2.0 * (1 + 3.0 / 3), abs=1e-6)
+
+
 def test_patch_guidance_with_even_relevance_or_gamma_zero_changes_nothing():
     inputs = batch([[2, (1, 3, 4), 3], [(1, 2, 2), 1]])
     plain, _ = index(**inputs, guidance=PLAIN)
@@ -202,6 +210,14 @@ def test_patch_guidance_with_even_relevance_or_gamma_zero_changes_nothing():
     even, _ = index(**inputs, guidance=strong, relevance=torch.full((16,), 0.5))
     none, _ = index(**inputs, guidance=RopeGuidance(gamma=0.0, mode="patch"))
     assert torch.equal(plain, even) and torch.equal(plain, none)
+
+
+def test_images_of_two_rows_do_not_touch_where_one_ends_before_the_others_place():
+    rows: list[list[Part]] = [[3, (1, 1, 2), 4], [5, (1, 1, 2), 2]]
+    guidance = RopeGuidance(lambda_h=3.0, lambda_w=3.0)
+    together, _ = index(**batch(rows), guidance=guidance)
+    for row, parts in enumerate(rows):
+        assert torch.equal(together[:, row], index(**batch([parts]), guidance=guidance)[0][:, 0])
 
 
 # --- properties under any guidance
@@ -353,6 +369,9 @@ def test_tokens_that_do_not_match_their_grids_are_refused():
     with pytest.raises(ValueError, match="do not stand together"):  # an image split over two packed documents
         split = {**inputs, "attention_mask": torch.tensor([[1, 1, 1, 1, 2, 2, 2]])}
         index(**split, guidance=PLAIN)
+    with pytest.raises(ValueError, match="do not stand together"):  # over two rows, at places that follow
+        ids = torch.tensor([[1, IMAGE, 1, 1], [1, 1, IMAGE, 1]])
+        index(ids, torch.tensor([[1, 2, 4]]), guidance=PLAIN)
     with pytest.raises(ValueError, match="attention_mask"):
         index(inputs["input_ids"], inputs["image_grid_thw"], torch.ones(1, 3), guidance=PLAIN)
 
