@@ -22,7 +22,7 @@ demo: install
 test: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --durations=15 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" -n 2 --dist loadgroup
 	$(BIN)/pytest --durations=40 -m slow
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 

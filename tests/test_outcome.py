@@ -60,16 +60,19 @@ def scored(data: Path, model: Path, task: str | None, *metrics: str) -> dict[str
     return validate(run, model, 400, desks, Records(data, 2), metrics or ("score",))
 
 
+@pytest.mark.slow
 def test_who_says_what_is_true_gets_everything(data: Path, model: Path) -> None:
     assert scored(data, model, None) == pytest.approx({"vg": 1.0, "roc": 1.0, "score": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vg", "roc"])
 def test_each_task_has_its_score(data: Path, model: Path, task: str) -> None:
     other = {"vg": "roc", "roc": "vg"}[task]
     assert scored(data, model, task) == pytest.approx({task: 1.0, other: 0.0, "score": 0.5})
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_scored_it_is_said(
     data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +82,7 @@ def test_where_nothing_can_be_scored_it_is_said(
         scored(data, model, None)
 
 
+@pytest.mark.slow
 def test_texts_are_scored_where_they_are_wanted(data: Path, model: Path) -> None:
     found = scored(data, model, "rc", "rc", "mia")
     assert found["rc"] == pytest.approx(1.0) and found["mia"] < 0.1 and found["vg"] == 0

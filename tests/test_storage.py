@@ -69,6 +69,7 @@ def test_parquet_is_read_where_it_lies(folder: Path, tmp_path: Path) -> None:
     assert pq.read_table(paths[0], filesystem=filesystem)["x"].to_pylist() == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_errors_slow_answers_and_lost_connections_are_borne(server, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint, faults = server
     monkeypatch.setenv(storage.ENDPOINT, endpoint)

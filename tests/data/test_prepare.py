@@ -74,6 +74,7 @@ def test_phantoms_come_out_as_drawn(prepared: Path) -> None:
     assert all(min(counts.values()) >= 1 for counts in manifest["images_by_modality"].values())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_wherever_and_however_often(
     prepared: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def same(uri: str, folder: Path) -> None:
     assert storage.names(there / ".work") == []
 
 
+@pytest.mark.slow
 def test_a_bucket_that_fails_gives_the_same_bytes(
     bucket: str, server: tuple[str, Faults], tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_bucket_that_fails_gives_the_same_bytes(
     same(f"{bucket}/out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_prepared_data_in_a_bucket_are_read_like_a_folder(bucket: str, tmp_path: Path) -> None:
     spec = PhantomSpec(12, 64)
     prepare(spec, f"{bucket}/out", images_per_shard=5, test_fraction=0.25)
@@ -117,6 +119,7 @@ def test_names_that_leave_the_folder_leave_it_in_a_bucket_too(bucket: str, tmp_p
     assert manifest["by_reason"] == {"path_escape": 1}
 
 
+@pytest.mark.slow
 def test_a_mask_folder_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     from test_prepare import mask_folder
 

@@ -45,6 +45,7 @@ def alone(spec: PredictSpec, number: int) -> list[dict[str, Any]]:
     return Desk().answer(spec, records, seed)
 
 
+@pytest.mark.slow
 def test_answers_follow_from_the_part_and_its_seed_alone(pool: AnswerPool, model: str) -> None:
     """Sampled: the student and its corrector by turns, a lost desk, and one desk or two."""
     import ray
@@ -72,6 +73,7 @@ def test_no_part_no_answer(pool: AnswerPool, model: str) -> None:
     assert list(pool.answers(PredictSpec(model), [])) == []
 
 
+@pytest.mark.slow
 def test_an_answerer_says_what_is_missing(pool: AnswerPool, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="nowhere"):
         list(pool.answers(PredictSpec(str(tmp_path / "nowhere")), parts()))

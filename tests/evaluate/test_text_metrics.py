@@ -52,6 +52,7 @@ def test_spice_without_jars_is_null_and_says_why(scored):
     assert "spice" not in scored["mia"]["mean"]
 
 
+@pytest.mark.slow
 @needs_java
 def test_every_golden_caption_scores_alone_as_published(scorer):
     """Rows of one modality scored together: METEOR and ROUGE-L of each row."""
@@ -91,6 +92,7 @@ def test_the_tokeniser_leaves_the_package_as_it_was():
     assert (package_dir() / "tokenizer").stat().st_mtime_ns == seen
 
 
+@pytest.mark.slow
 @needs_java
 def test_captions_of_every_ugly_kind_get_a_number(scorer):
     ugly = ["", "|||", "a ||| b", "?", "\r\r", "EVAL ||| 1", "SCORE", "\ud800", "x" * 5000, "word " * 400]

@@ -112,6 +112,7 @@ def test_configured_limits_go_before_the_folders(start, tmp_path):
         load_processor(str(start), min_pixels=999999)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, 220])
 def test_an_epoch_brings_every_sample_once_to_some_rank(prepared, start, tmp_path, tokens):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 2, tokens, per_group=2, window=2))
@@ -127,6 +128,7 @@ def test_an_epoch_brings_every_sample_once_to_some_rank(prepared, start, tmp_pat
         assert longest <= tokens and sum(len(documents(batches[0])) for batches in ranks) > 4
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_with_the_same_batches(prepared, start, tmp_path):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
     rounds = spec.rounds(0, 2)
@@ -143,6 +145,7 @@ def test_a_resumed_stream_goes_on_with_the_same_batches(prepared, start, tmp_pat
     assert documents(before[0]) != documents(rest[2])  # the second epoch begins otherwise
 
 
+@pytest.mark.slow
 def test_other_ranks_bring_what_is_left_of_an_epoch(prepared, start, tmp_path):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
     ranks = [Stream(spec, rank, 2, 3) for rank in (0, 1)]
@@ -161,6 +164,7 @@ def test_where_nothing_is_left_other_ranks_begin_the_next_epoch(prepared, start,
     assert Stream(spec, 0, 1, 1, done).position.state() == {"epoch": 1, "past": [[1, 0]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, 500])
 @pytest.mark.parametrize("conversations", [False, True])
 def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conversations):

@@ -52,6 +52,7 @@ def s3(monkeypatch: pytest.MonkeyPatch):
         yield faults
 
 
+@pytest.mark.slow
 def test_errors_throttling_and_lost_connections_lose_no_checkpoint(s3: Faults, tmp_path: Path) -> None:
     """Saved, copied, lost here and fetched again, each time byte for byte."""
     where = f"s3://{BUCKET}/copies/distill"
