@@ -158,6 +158,7 @@ def test_other_ranks_bring_what_is_left_of_an_epoch(prepared, start, tmp_path):
     assert alone.position.state() == {"epoch": 1, "past": [[1, 0]]}
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_other_ranks_begin_the_next_epoch(prepared, start, tmp_path):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
     done = {"epoch": 0, "past": [[2, spec.rounds(0, 2)]]}
@@ -207,6 +208,7 @@ def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conver
             assert value == pytest.approx(losses[name].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_filler_costs_nothing_and_runs_the_tower(prepared, start, tmp_path):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(0, 1, 10**6, per_group=9, window=99))
     batches = [list(Stream(spec, rank, 2, spec.rounds(0, 2))) for rank in (0, 1)]
