@@ -255,6 +255,7 @@ def record(name: str, pngs: list[bytes], turns: int) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_records_of_several_images_show_all_of_them(ray_session, start, tmp_path):
     """Alone or packed with others, each document has its own images, in order, once in the batch."""
     rows = [record("a", PICTURES[:1], 1), record("b", PICTURES[1:4], 2), record("c", PICTURES[4:6], 1)]
@@ -281,6 +282,7 @@ def test_records_of_several_images_show_all_of_them(ray_session, start, tmp_path
             at += 1
 
 
+@pytest.mark.slow
 def test_a_bad_image_ends_the_stream_with_the_records_id(ray_session, start, tmp_path):
     rows = [record(f"r{at}", [PICTURES[0]], 1) for at in range(6)]
     rows[4]["png"] = rows[4]["png"][:60]
