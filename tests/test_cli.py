@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clinkd import cli, cli_data, cluster
-from clinkd.config import ConfigError, RunConfig, read_yaml
+from clinkd.config import ConfigError, RunConfig, load_config, read_yaml
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 VG_ROWS = Path(__file__).parent / "golden" / "evaluation" / "vg.jsonl"
@@ -265,3 +265,16 @@ def test_compare_prints_both_runs_and_their_difference(capsys, tmp_path: Path) -
     for arguments in ([VG_ROWS], [VG_ROWS, tmp_path / "nowhere"], [VG_ROWS, tmp_path]):
         code, _, err = run(capsys, "compare", *arguments)
         assert code == 2 and len(mistakes(err)) == 1
+
+
+def test_a_teacher_with_guided_positions_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    from clinkd.stages.base import check_inputs
+
+    given = [f"teacher.path={tmp_path}", f"model.path={tmp_path}"]
+    config = {"model_type": "qwen2_vl", "rope_guidance": {"mode": "pair", "gamma": 0.25}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"^teacher.path: .* guided by pair.* rope.gamma=0"):
+        check_inputs(load_config(TINY, given))
+    for unguided in ({"mode": "pair", "gamma": 0.0}, {"mode": "none", "gamma": 0.5}, None):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"rope_guidance": unguided}))
+        check_inputs(load_config(TINY, given))

@@ -186,6 +186,8 @@ def check_inputs(config: RunConfig) -> None:
             )
         if path is not None:
             check_family(key, Path(path))
+    if config.teacher.path is not None:
+        check_unguided("teacher.path", Path(config.teacher.path))
     if config.guide.path is not None and not Path(config.guide.path).is_dir():
         raise ConfigError(
             f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
@@ -199,6 +201,20 @@ def check_inputs(config: RunConfig) -> None:
         find_source(config.data.source, config.data.images)
     if not (config.compute.address or os.environ.get("RAY_ADDRESS")):
         cluster.check_workers(config.compute.workers, config.compute.cpus_per_worker, cluster.real_cores())
+
+
+def check_unguided(key: str, path: Path) -> None:
+    """Refuses a teacher whose positions a guide moves: its store serves students under every guidance.
+
+    Raises:
+        ConfigError: it is one of clinkd's own, trained under guidance.
+    """
+    found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("rope_guidance") or {}
+    if found.get("mode", "none") != "none" and found.get("gamma"):
+        raise ConfigError(
+            f"{key}: {path} was trained with positions guided by {found['mode']}; a teacher's are not: give "
+            "one trained with rope.mode=none or rope.gamma=0 (a run's own teacher lies in its stage teacher)"
+        )
 
 
 def check_family(key: str, path: Path) -> None:
