@@ -23,17 +23,17 @@ class Account:
     """Of one rank.
 
     Args:
-        folder: the job's metrics lie there; seen by all ranks.
+        folder: the job's metrics lie there; seen by all ranks. kept: whether anybody asks for it.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int, kept: bool = True) -> None:
+        self.folder, self.rank, self.kept = folder, rank, kept
         self._dealt: list[str] = []
 
     def begin(self, step: int) -> None:
         """A job goes on from ``step``."""
         self._dealt = []
-        if self.rank == 0:
+        if self.kept and self.rank == 0:
             for path in self.folder.glob(FILE.format("*")):
                 keep_lines(path, step)
 
@@ -43,6 +43,8 @@ class Account:
 
     def write(self, step: int) -> None:
         """That step is done."""
+        if not self.kept:
+            return
         line = {"step": step, "samples": self._dealt}
         with (self.folder / FILE.format(self.rank)).open("a") as lines:
             lines.write(json.dumps(line) + "\n")

@@ -292,3 +292,10 @@ def set_seeds(seed: int) -> None:
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(seed % 2**32)
+
+
+def on_device(value: Any, device: Any) -> Any:
+    """A tensor where the engine is; anything else as it is."""
+    import torch
+
+    return value.to(device) if isinstance(value, torch.Tensor) else value

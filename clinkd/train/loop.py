@@ -148,9 +148,7 @@ class Worker:
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
         self.guard = Guard(job.watch, job.stage, None if rank else Path(job.out) / EVENTS)
-        self.account: Account | None = None
-        if job.watch.samples:
-            self.account = Account(Path(job.out), rank)
+        self.account = Account(Path(job.out), rank, job.watch.samples)
         self.offsite: Any = None
         if job.store and not rank:
             from clinkd.train.offsite import Offsite
@@ -214,8 +212,7 @@ class Worker:
         optim = job.optim.model_copy(update={"accumulation": self.rounds})
         self.engine = start_engine(module, optim, job.compute, job.zero_stage, job.steps, universal=universal)
         self._restore(folder, standing)
-        if self.account:
-            self.account.begin(self.step)
+        self.account.begin(self.step)
         if self.rank == 0:
             keep_lines(self.metrics, self.step)
             if not back:  # else they tell of what it went back for
@@ -273,7 +270,7 @@ class Worker:
         size = self.job.optim.batch_size
         if self.streams:
             for arguments, tokens, samples in islice(self.feed, self.rounds):
-                if self.account:
+                if self.account.kept:
                     self.account.deal(self.feed.names())
                 yield arguments, tokens, samples, True
             return
@@ -281,7 +278,7 @@ class Worker:
             groups = self.ledger.share(self.consumed, place or 0, size)
             arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
             samples = len(arguments.get("input_ids", groups))
-            if self.account and place is not None:
+            if self.account.kept and place is not None:
                 self.account.deal(self.task.names(groups))
             yield (arguments, tokens, samples, True) if place is not None else (arguments, 0, 0, False)
 
@@ -308,7 +305,7 @@ class Worker:
         import torch
         import torch.distributed as dist
 
-        from clinkd.train.engine import set_seeds
+        from clinkd.train.engine import on_device, set_seeds
         from clinkd.train.meter import Totals
 
         set_seeds((self.job.seed * 1_000_003 + self.step) * 65_537 + self.rank)
@@ -323,7 +320,7 @@ class Worker:
         scale = self.world * len(batches) / counts[0].float().clamp(min=1)
         sums: dict[str, Any] = {}
         for number, (arguments, _, _, real) in enumerate(batches):
-            given = {key: _move(value, self.engine.device) for key, value in arguments.items()}
+            given = {key: on_device(value, self.engine.device) for key, value in arguments.items()}
             begun = time.monotonic()
             losses = self.engine(**given)
             own += 0 if number else time.monotonic() - begun
@@ -345,8 +342,7 @@ class Worker:
         from clinkd.train.meter import measured, publish
 
         publish(self.step, self.job.steps, sums["loss"], totals, seconds, self.engine.device, self.rank)
-        if self.account:
-            self.account.write(self.step)
+        self.account.write(self.step)
         if self.rank:
             return
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
@@ -402,9 +398,3 @@ class Worker:
             early = self.job.end < self.job.steps
             self.task.save(state, self.job.paused if early else Path(self.job.out) / "model")
         dist.barrier()
-
-
-def _move(value: Any, device: Any) -> Any:
-    import torch
-
-    return value.to(device) if isinstance(value, torch.Tensor) else value
