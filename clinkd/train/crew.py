@@ -115,7 +115,7 @@ class Fed:
 
 
 class Tables:
-    """The last tables of rows that this process read: reading them again takes Ray Data some ten seconds."""
+    """The last tables of rows that this process read: reading them again takes a pass over the shards."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="clinkd-rows-")
