@@ -4,8 +4,9 @@
 
 Each benchmark measures both of its sides in one run and prints their ratio; here a few of these numbers are
 read from what it prints. benchmarks/results.json has the last ones that were kept, with machine and versions;
-the table says how far each number is from them. --keep writes the new ones there, and docs/performance.md.
-Numbers of another machine, or of one that was busy, are no regression: look at the ratios first.
+the table says how far each number is from them. --keep writes the new ones there, and docs/performance.md
+with its two plots. Numbers of another machine, or of one that was busy, are no regression: look at the ratios
+first. benchmarks/search.py, hours long, stands for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,16 +28,21 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "performance.md"
+PLOTS = {"ratios": "performance-ratios.svg", "growth": "performance-growth.svg"}  # beside the page
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "optuna", "pyarrow")
 
 
 @dataclass(frozen=True)
 class Number:
-    """``pattern``: of the output, its first group the number. ``more``: whether more is better."""
+    """``pattern``: of the output, its first group the number. ``more``: whether more is better.
+
+    ``sides``: whether it is one side over the other, so that 1 is no difference.
+    """
 
     name: str
     pattern: str
     more: bool
+    sides: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ BENCHES = (
         Number("distillation step, times faster than full logits", r": ([\d.]+)x faster", True),
         Number("its peak memory, of full logits'", r": ([\d.]+) of the peak memory", False),
     )),
-    Bench("distill_growth", ("--doublings", "2"), (
-        Number("its time's slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False),
+    Bench("distill_growth", ("--doublings", "3", "--plot", "{growth}"), (
+        Number("its time's slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False, False),
+        Number("its time's slope in the length", r"^length[\s\S]*?^slope +([\d.-]+)", False, False),
     )),
     Bench("candidates", (), (
         Number("candidates, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
@@ -74,9 +82,20 @@ BENCHES = (
     )),
     Bench("offsite", (), (Number("steps with copies to a slow bucket", r"^steps: .*ratio ([\d.]+)", False),)),
     Bench("prepare", ("--records", "5000", "--rounds", "1"), (
-        Number("prepare of twice the records, times the time", r"records take ([\d.]+) times", False),
+        Number("prepare of twice the records, times the time", r"records take ([\d.]+) times", False, False),
+    )),
+    Bench("reads", (), (
+        Number("prepared records, times Ray Data's newer reader", r"^clinkd's read.* ([\d.]+)x$", True),
+    )),
+    Bench("teacher_cache_forms", (), ()),
+    Bench("plan", (), ()),
+    Bench("sweep", ("--separate", "1", "data.phantoms=400", "guide.steps=60", "sft.steps=120",
+                    "distill.optim.steps=60"), (
+        Number("sweep of 8 trials, of 8 runs' time", r"^ratio: ([\d.]+)$", False),
     )),
 )  # fmt: skip
+
+NUMBERS = [number for bench in BENCHES for number in bench.numbers]
 
 
 def main() -> None:
@@ -86,29 +105,44 @@ def main() -> None:
     chosen = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"numbers": {}, "outputs": {}}
     found: dict[str, Any] = {"machine": machine(), "numbers": {}, "outputs": {}, "seconds": {}}
-    for bench in BENCHES:
-        if not chosen.only or bench.name in chosen.only:
-            print(f"{bench.name} ...", file=sys.stderr, flush=True)
-            measure(bench, found)
+    with tempfile.TemporaryDirectory() as scratch:
+        plots = PAGE.parent if chosen.keep else Path(scratch)
+        for bench in BENCHES:
+            if not chosen.only or bench.name in chosen.only:
+                print(f"{bench.name} ...", file=sys.stderr, flush=True)
+                measure(bench, found, plots)
     print(table(found["numbers"], kept["numbers"]))
     if chosen.keep:
-        for part in ("numbers", "outputs", "seconds"):
-            found[part] = kept.get(part, {}) | found[part]
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(found), encoding="utf-8")
-        print(f"kept: {RESULTS}, {PAGE}", file=sys.stderr)
+        keep(found, kept)
     if any(value is None for value in found["numbers"].values()):
         raise SystemExit("some numbers were not found in the outputs above")
 
 
-def measure(bench: Bench, found: dict[str, Any]) -> None:
+def keep(found: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Writes what was found, beside what was kept of benchmarks that did not run; the page and its plot."""
+    before = {name: kept["numbers"].get(name) for name in found["numbers"]}
+    for part in ("numbers", "outputs", "seconds"):
+        found[part] = kept.get(part, {}) | found[part]
+    found["before"] = kept.get("before", {}) | before
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot_ratios(found["numbers"], PAGE.parent / PLOTS["ratios"])
+    PAGE.write_text(page(found), encoding="utf-8")
+    print(f"kept: {RESULTS}, {PAGE}", file=sys.stderr)
+
+
+def measure(bench: Bench, found: dict[str, Any], plots: Path) -> None:
     """Runs it and reads its numbers; a benchmark that fails or says MISSED still has its output kept."""
     begun = time.perf_counter()
-    command = [sys.executable, str(HERE / f"{bench.name}.py"), *bench.arguments]
+    places = {name: str(plots / file) for name, file in PLOTS.items()}
+    arguments = [argument.format_map(places) if "{" in argument else argument for argument in bench.arguments]
+    command = [sys.executable, str(HERE / f"{bench.name}.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found["seconds"][bench.name] = round(time.perf_counter() - begun)
-    said = done.stdout.strip() or done.stderr.strip()[-2000:]
-    found["outputs"][bench.name] = " ".join(command[1:]).replace(str(HERE), "benchmarks") + "\n\n" + said
+    said = (done.stdout.strip() or done.stderr.strip()[-2000:]).replace(str(plots), "docs")
+    if done.returncode:
+        said += f"\n(ended with {done.returncode})"
+    called = " ".join(["benchmarks/" + bench.name + ".py", *bench.arguments])
+    found["outputs"][bench.name] = called.format_map(PLOTS) + "\n\n" + said
     for number in bench.numbers:
         match = re.search(number.pattern, done.stdout, re.MULTILINE)
         found["numbers"][number.name] = float(match[1]) if match else None
@@ -118,14 +152,36 @@ def measure(bench: Bench, found: dict[str, Any]) -> None:
 
 def table(now: dict[str, float | None], before: dict[str, float | None]) -> str:
     """Each number, the one that was kept, and how many times better it is now."""
-    better = {number.name: number.more for bench in BENCHES for number in bench.numbers}
-    lines = ["| number | now | kept | times better |", "|---|---|---|---|"]
-    for name, value in now.items():
-        old = before.get(name)
-        ratio = None if not value or not old else (value / old if better[name] else old / value)
-        cells = (f"{each:.3g}" if each is not None else "-" for each in (value, old, ratio))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = ["| number | now | kept before | times better |", "|---|---|---|---|"]
+    for number in NUMBERS:
+        if number.name in now:
+            value, old = now[number.name], before.get(number.name)
+            ratio = None if not value or not old else (value / old if number.more else old / value)
+            cells = (f"{each:.3g}" if each is not None else "-" for each in (value, old, ratio))
+            lines.append(f"| {number.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def plot_ratios(numbers: dict[str, float | None], path: Path) -> None:
+    """Bars: how many times better than the other side, on a logarithmic scale; 1 is no difference."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "clinkd"  # the same numbers give the same file
+    sides = [number for number in reversed(NUMBERS) if number.sides and numbers.get(number.name)]
+    values = [float(numbers[each.name] or 1) for each in sides]
+    better = [value if each.more else 1 / value for each, value in zip(sides, values, strict=True)]
+    figure = Figure(figsize=(9, 0.4 * len(sides) + 1), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#2a7f62" if value >= 1 else "#b5532a" for value in better]
+    bars = axes.barh([each.name for each in sides], [value - 1 for value in better], left=1, color=colours)
+    axes.bar_label(bars, [f"{value:.2f}" for value in better], padding=4)
+    axes.set_xscale("log")
+    axes.axvline(1, color="#555", linewidth=1)
+    axes.margins(x=0.12)
+    axes.set_xlabel("times better than the other side")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def machine() -> dict[str, Any]:
@@ -143,16 +199,20 @@ def machine() -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     about = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    numbers = "\n".join(
-        f"| {name} | {value if value is not None else '-'} |" for name, value in found["numbers"].items()
+    outputs = "\n\n".join(
+        f"## {name}\n\n{found['seconds'].get(name, 0)} s\n\n```\n{text}\n```"
+        for name, text in sorted(found["outputs"].items())
     )
-    outputs = "\n\n".join(f"## {name}\n\n```\n{text}\n```" for name, text in sorted(found["outputs"].items()))
     return (
         "# Performance\n\n"
         "Made by `make bench`: every benchmark measures both of its sides in one run. Times are of one "
         "machine and say little\nof another; ratios hold better.\n\n"
         f"{about['date']}, {about['cores']} cores of {about['cpu']}, Python {about['python']}, {versions}; "
-        f"load before it began {about['load']}.\n\n| number | |\n|---|---|\n{numbers}\n\n{outputs}\n"
+        f"load before it began {about['load']}.\n\n"
+        f"{table(found['numbers'], found['before'])}\n\n"
+        f"![How many times better than the other side]({PLOTS['ratios']})\n\n"
+        "How a distillation step grows with each of its sizes, and a step over full logits:\n\n"
+        f"![Growth of a distillation step]({PLOTS['growth']})\n\n{outputs}\n"
     )
 
 

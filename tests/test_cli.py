@@ -267,13 +267,16 @@ def test_compare_prints_both_runs_and_their_difference(capsys, tmp_path: Path) -
         assert code == 2 and len(mistakes(err)) == 1
 
 
-def test_a_teacher_with_guided_positions_is_refused_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["teacher.path", "reflect.corrector"])
+def test_a_teacher_or_corrector_with_guided_positions_is_refused_before_anything_starts(
+    tmp_path: Path, key: str
+) -> None:
     from clinkd.stages.base import check_inputs
 
-    given = [f"teacher.path={tmp_path}", f"model.path={tmp_path}"]
+    given = [f"{key}={tmp_path}", f"model.path={tmp_path}"]
     config = {"model_type": "qwen2_vl", "rope_guidance": {"mode": "pair", "gamma": 0.25}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"^teacher.path: .* guided by pair.* rope.gamma=0"):
+    with pytest.raises(ConfigError, match=rf"^{key}: .* guided by pair.* rope.gamma=0"):
         check_inputs(load_config(TINY, given))
     for unguided in ({"mode": "pair", "gamma": 0.0}, {"mode": "none", "gamma": 0.5}, None):
         (tmp_path / "config.json").write_text(json.dumps(config | {"rope_guidance": unguided}))

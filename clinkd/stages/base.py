@@ -186,8 +186,8 @@ def check_inputs(config: RunConfig) -> None:
             )
         if path is not None:
             check_family(key, Path(path))
-    if config.teacher.path is not None:
-        check_unguided("teacher.path", Path(config.teacher.path))
+        if path is not None and key != "model.path":
+            check_unguided(key, Path(path))
     if config.guide.path is not None and not Path(config.guide.path).is_dir():
         raise ConfigError(
             f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
@@ -204,7 +204,9 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_unguided(key: str, path: Path) -> None:
-    """Refuses a teacher whose positions a guide moves: its store serves students under every guidance.
+    """Refuses a teacher or corrector whose positions a guide moves.
+
+    A teacher's store serves students under every guidance; a corrector is asked without the guide's scores.
 
     Raises:
         ConfigError: it is one of clinkd's own, trained under guidance.
@@ -212,8 +214,9 @@ def check_unguided(key: str, path: Path) -> None:
     found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("rope_guidance") or {}
     if found.get("mode", "none") != "none" and found.get("gamma"):
         raise ConfigError(
-            f"{key}: {path} was trained with positions guided by {found['mode']}; a teacher's are not: give "
-            "one trained with rope.mode=none or rope.gamma=0 (a run's own teacher lies in its stage teacher)"
+            f"{key}: {path} was trained with positions guided by {found['mode']}; a teacher's and a "
+            "corrector's are not: give one trained with rope.mode=none or rope.gamma=0 "
+            "(a run's own teacher lies in its stage teacher)"
         )
 
 
