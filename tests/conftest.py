@@ -27,9 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_session() -> Iterator[None]:
     """A local Ray of six declared CPUs, without dashboard or token; its files go away with it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init would leave a token in the home folder
-    os.environ.setdefault("RAY_num_workers_soft_limit", "10")  # see clinkd.cluster
     import ray
 
+    from clinkd import cluster
+
+    for name, value in (cluster.LOCAL_ENV | cluster.TRAIN_ENV).items():  # as of a Ray that clinkd starts
+        os.environ.setdefault(name, value)
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray's sockets are files under it
     ray.init(
         num_cpus=6,  # two of which a crew of training workers may keep
