@@ -3,6 +3,7 @@
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
+SHARED := -n 2 --dist loadgroup   # two processes; see tests/conftest.py
 export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install demo test bench twin lint
@@ -22,8 +23,8 @@ demo: install
 test: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" -n 2 --dist loadgroup
-	$(BIN)/pytest --durations=40 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" $(SHARED)
+	$(BIN)/pytest --durations=40 -m slow $(SHARED)
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 
 # In a folder of its own, which only its tests see; the lock file says why.

@@ -17,10 +17,12 @@ os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests (pytest-xdist), one of them has Ray, and all that want it."""
+    """Where two processes share the tests (pytest-xdist), what many want is made in one of them only."""
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        for costly in ("ray_session", "finished"):
+            if costly in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(costly))
+                break
 
 
 @pytest.fixture(scope="session")

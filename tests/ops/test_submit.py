@@ -144,7 +144,7 @@ def head() -> Iterator[Head]:
         finally:
             os.killpg(made.process.pid, signal.SIGTERM)
             try:
-                made.process.wait(20)
+                made.process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(made.process.pid, signal.SIGKILL)
 
