@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clinkd.distill import losses
 from clinkd.distill.certificate import oracle_loss
 from clinkd.distill.losses import answer_loss, distill_loss, distill_loss_logits, distill_loss_topk
 from clinkd.distill.summary import COOLEST, HOTTEST, confidence_margin, tail_at, top_k_logits
@@ -84,6 +85,17 @@ def test_a_second_backward_pass_gives_the_same_gradient():
     first = [gradient.clone() for gradient in gradients(loss, inputs)]
     for one, other in zip(first, gradients(loss, inputs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_totals_gradient_comes_from_the_forward_pass_and_that_of_a_part_costs_another(monkeypatch):
+    passes = []
+    monkeypatch.setattr(losses, "_pass", lambda *given, run=losses._pass: passes.append(1) or run(*given))
+    inputs = case()
+    loss = distill_loss(*inputs, a=0.5, temperature=0.5)
+    gradients(loss.total, inputs)
+    assert len(passes) == 1
+    gradients(loss.kd, inputs)
+    assert len(passes) == 2
 
 
 def test_gradcheck_of_the_answer_loss():
