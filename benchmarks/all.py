@@ -58,11 +58,11 @@ BENCHES = (
     )),
     Bench("distill", ("--answers", "64", "256"), (
         Number("distillation step, times faster than full logits", r": ([\d.]+)x faster", True),
-        Number("its peak memory, of full logits'", r": ([\d.]+) of the peak memory", False),
+        Number("distillation's peak memory, of full logits'", r": ([\d.]+) of the peak memory", False),
     )),
     Bench("distill_growth", ("--doublings", "3", "--plot", "{growth}"), (
-        Number("its time's slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False, False),
-        Number("its time's slope in the length", r"^length[\s\S]*?^slope +([\d.-]+)", False, False),
+        Number("distillation's time, slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False, False),
+        Number("distillation's time, slope in the length", r"^length[\s\S]*?^slope +([\d.-]+)", False, False),
     )),
     Bench("candidates", (), (
         Number("candidates, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
@@ -73,7 +73,7 @@ BENCHES = (
     Bench("text_metrics", ("--rounds", "1"), (
         Number("text metrics, times a process for each modality", r"^one scorer.* ([\d.]+)x$", True),
     )),
-    Bench("feed", (), (Number("feed, of a torch DataLoader", r"([\d.]+) of the DataLoader$", True),)),
+    Bench("feed", (), (Number("feed, of a torch DataLoader", r"^feed, .* ([\d.]+) of the DataLoader$", True),)),
     Bench("packing", (), (
         Number("packed tokens a CPU second, of padded", r"^packed: .*a CPU second \(([\d.]+)\)", True),
     )),
@@ -139,6 +139,7 @@ def measure(bench: Bench, found: dict[str, Any], plots: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found["seconds"][bench.name] = round(time.perf_counter() - begun)
     said = (done.stdout.strip() or done.stderr.strip()[-2000:]).replace(str(plots), "docs")
+    said = re.sub(r"^\[.*\[WARNING\] \[real_accelerator.*\n", "", said, flags=re.MULTILINE)  # DeepSpeed's hello
     if done.returncode:
         said += f"\n(ended with {done.returncode})"
     called = " ".join(["benchmarks/" + bench.name + ".py", *bench.arguments])
@@ -177,6 +178,8 @@ def plot_ratios(numbers: dict[str, float | None], path: Path) -> None:
     bars = axes.barh([each.name for each in sides], [value - 1 for value in better], left=1, color=colours)
     axes.bar_label(bars, [f"{value:.2f}" for value in better], padding=4)
     axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
     axes.axvline(1, color="#555", linewidth=1)
     axes.margins(x=0.12)
     axes.set_xlabel("times better than the other side")
