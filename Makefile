@@ -1,5 +1,5 @@
 # make demo: the whole pipeline on phantoms.  make test: what CI runs.  make install: only the environment.
-# make bench: all benchmarks, into docs/performance.md; an hour.
+# make bench: all benchmarks, into docs/performance.md; half an hour.
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "performance.md"
 PLOTS = {"ratios": "performance-ratios.svg", "growth": "performance-growth.svg"}  # beside the page
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "optuna", "pyarrow")
+SLOPE = r"^{}[\s\S]*?^slope +([\d.-]+)"
+HELLO = re.compile(r"^\[.*\[WARNING\] \[real_accelerator.*\n", re.MULTILINE)  # DeepSpeed's
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ BENCHES = (
         Number("distillation's peak memory, of full logits'", r": ([\d.]+) of the peak memory", False),
     )),
     Bench("distill_growth", ("--doublings", "3", "--plot", "{growth}"), (
-        Number("distillation's time, slope in the vocabulary", r"^vocabulary[\s\S]*?^slope +([\d.-]+)", False, False),
-        Number("distillation's time, slope in the length", r"^length[\s\S]*?^slope +([\d.-]+)", False, False),
+        Number("distillation's time, slope in the vocabulary", SLOPE.format("vocabulary"), False, False),
+        Number("distillation's time, slope in the length", SLOPE.format("length"), False, False),
     )),
     Bench("candidates", (), (
         Number("candidates, times one at a time", r"^batches, prompts read once.* ([\d.]+)x$", True),
@@ -73,7 +75,7 @@ BENCHES = (
     Bench("text_metrics", ("--rounds", "1"), (
         Number("text metrics, times a process for each modality", r"^one scorer.* ([\d.]+)x$", True),
     )),
-    Bench("feed", (), (Number("feed, of a torch DataLoader", r"^feed, .* ([\d.]+) of the DataLoader$", True),)),
+    Bench("feed", (), (Number("feed, of a torch DataLoader", r"^feed,.* ([\d.]+) of the Data", True),)),
     Bench("packing", (), (
         Number("packed tokens a CPU second, of padded", r"^packed: .*a CPU second \(([\d.]+)\)", True),
     )),
@@ -139,7 +141,7 @@ def measure(bench: Bench, found: dict[str, Any], plots: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found["seconds"][bench.name] = round(time.perf_counter() - begun)
     said = (done.stdout.strip() or done.stderr.strip()[-2000:]).replace(str(plots), "docs")
-    said = re.sub(r"^\[.*\[WARNING\] \[real_accelerator.*\n", "", said, flags=re.MULTILINE)  # DeepSpeed's hello
+    said = HELLO.sub("", said)
     if done.returncode:
         said += f"\n(ended with {done.returncode})"
     called = " ".join(["benchmarks/" + bench.name + ".py", *bench.arguments])
