@@ -1,7 +1,8 @@
-"""The files beside the code: licence, citation, changelog, the picture of the rooms; links that lead on."""
+"""The files beside the code, and how long those of the code may be; links that lead on."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -78,3 +79,29 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     for name in re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8")):
         if name.split("/")[0] in known and "/" in name:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+SOURCES = sorted((ROOT / "clinkd").rglob("*.py"))
+LONGEST_FILE, LONGEST_FUNCTION = 400, 40
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, text: list[str]) -> int:
+    """Lines of a function's body that are not blank, its docstring left out."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return sum(bool(line.strip()) for line in text[body[0].lineno - 1 : function.end_lineno]) if body else 0
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert code_lines(node, lines) <= LONGEST_FUNCTION, node.name
+
+
+def test_a_long_function_would_be_found() -> None:
+    text = ["def f():", '    """Says."""', *["    x = 1", ""] * 41]
+    [function] = ast.parse("\n".join(text)).body
+    assert isinstance(function, ast.FunctionDef) and code_lines(function, text) == 41
