@@ -80,7 +80,7 @@ def walk(page: str, folder: Path, long: bool) -> int:
         if reason and "--dry-run" not in words:
             print(f"$ {said}\n  left out: {reason}", flush=True)
             continue
-        failed += not done(words if long else shortened(words), place)
+        failed += not done(fitted(words, long), place)
     print(f"== {time.perf_counter() - begun:.0f} s, {failed} did not go well", flush=True)
     return failed
 
@@ -115,12 +115,14 @@ def steps(page: Path, place: Path) -> Iterator[list[str]]:
                 yield [word.replace("/mnt/shared", str(place / "shared")) for word in words]
 
 
-def shortened(words: list[str]) -> list[str]:
-    """A command as this machine can take it: without GPUs, of few steps."""
+def fitted(words: list[str], long: bool) -> list[str]:
+    """A command as this machine can take it: without GPUs and, unless ``long``, of few steps."""
     name = words[1] if words[0] == "clinkd" else ""
     if name == "init" and "--gpus" in words:
         at = words.index("--gpus")
         words = [*words[:at], *words[at + 2 :]]
+    if long:
+        return words
     if name == "ablate" and "--seeds" in words:
         words = [*words[: words.index("--seeds") + 1], "1", *words[words.index("--seeds") + 2 :]]
     if name in TRAINING and not any(word.startswith("runs/") for word in words):
