@@ -3,7 +3,8 @@
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
-SHARED := -n 2 --dist loadgroup   # two processes; see tests/conftest.py
+# Two processes, each with a stretch of the tests, so that most of what tests share is made once.
+SHARED := -n 2 --dist worksteal
 export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install demo test bench twin lint

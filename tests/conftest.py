@@ -16,15 +16,6 @@ from small_run import CONFIG, SMALL, clinkd
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests (pytest-xdist), what many want is made in one of them only."""
-    for item in items:
-        for costly in ("ray_session", "finished"):
-            if costly in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(costly))
-                break
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of six declared CPUs, without dashboard or token; its files go away with it."""
