@@ -3,8 +3,6 @@
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes, each with a stretch of the tests, so that most of what tests share is made once.
-SHARED := -n 2 --dist worksteal
 export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install demo test bench twin lint
@@ -24,8 +22,8 @@ demo: install
 test: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" $(SHARED)
-	$(BIN)/pytest --durations=40 -m slow $(SHARED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" -n 2 --dist worksteal
+	$(BIN)/pytest --durations=40 -m slow -n 2
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 
 # In a folder of its own, which only its tests see; the lock file says why.
