@@ -4,7 +4,7 @@
 
 Both read the training split of the same phantoms to its last row in one Ray, one after the other in every
 round, and are checked to bring the same records. Printed are median seconds, and how many times faster
-clinkd's read is. The newer reader starts an actor for each of up to 32 Parquet footers, in every read.
+clinkd's read is. The newer reader asks for 32 actors to read Parquet footers, in every read.
 """
 
 from __future__ import annotations

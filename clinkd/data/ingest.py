@@ -119,8 +119,8 @@ def read_records(
 
     paths, filesystem = storage.arrow_source(shard_paths(data))
     count = max(len(paths), blocks) if blocks else None
-    # Ray's newer reader starts an actor process for each of up to 32 Parquet footers, for every read: two
-    # seconds of both cores where this one takes a tenth, and shards here are few.
+    # Ray's newer reader asks for 32 actor processes to read Parquet footers, for every read of however few
+    # shards (benchmarks/reads.py).
     ray.data.DataContext.get_current().use_datasource_v2 = False
     rows = ray.data.read_parquet(paths, filesystem=filesystem, override_num_blocks=count)
     if split is not None:
