@@ -12,24 +12,17 @@ Decisions:
 - The optimiser is torch's AdamW, on a GPU in its fused form. DeepSpeed's own compiles CUDA or C++ code first,
   with a compiler and CUDA's headers on every node, and stops where the architecture list of NVIDIA's
   images names a "10.0a". Offloaded it stays DeepSpeed's, which is made for weights in the main memory.
-- On CPU DeepSpeed compiles its collectives once. A process that is killed meanwhile leaves torch's lock file
-  behind, for which every later one would wait for ever. So they load under a lock of the operating system's,
-  which goes with its process: whoever holds it takes a left file away. The folder is one per environment:
-  two environments that share one would each compile what the other had just made, every time. What was
-  compiled whole is taken from there without asking the compiler.
+- On a CPU DeepSpeed would compile shared-memory collectives (40 s, with a C++ compiler) that only its inference
+  uses: training reduces through gloo. They are left out.
 - The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +31,6 @@ from clinkd.config import ComputeSection, ConfigError, OptimSection, merge
 WHOLE_BUCKET = 500_000_000  # DeepSpeed's default, elements
 LEAST_BUCKET = 1 << 20
 CPU_BUCKET = 1 << 23
-COLLECTIVES = "deepspeed_shm_comm"  # the name of DeepSpeed's extension
 
 
 def deepspeed_config(
@@ -169,60 +161,17 @@ def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
     return [{"params": group, "lr": rate} for group, rate in rates if group]
 
 
-def _environment() -> str:
-    import torch
-
-    return f"{sys.prefix} {sys.version} {torch.__version__} {version('deepspeed')}"
-
-
-def extension_folder() -> Path:
-    """Where this environment compiles DeepSpeed's collectives; ``TORCH_EXTENSIONS_DIR`` goes before."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    ours = base / "torch_extensions" / f"clinkd-{hashlib.sha256(_environment().encode()).hexdigest()[:12]}"
-    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ours))) / COLLECTIVES
-
-
-def load_collectives() -> None:
-    """DeepSpeed's shared-memory collectives for CPUs, compiled if need be; see above."""
-    import fcntl
-
-    from deepspeed.comm.torch import build_shm_op
-
-    folder = extension_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "clinkd.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        built = folder / "clinkd.built"
-        if built.is_file() and built.read_text() == _environment():
-            _take_built(folder / f"{COLLECTIVES}.so")
-        build_shm_op()
-        built.write_text(_environment())
-
-
-def _take_built(library: Path) -> None:
-    """Hands DeepSpeed what lies there: its own way asks the compiler again in every process, which a flag
-    that differs lets write over the file that another process has loaded.
-    """
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
-
-    loaded = ShareMemCommBuilder._loaded_ops
-    if COLLECTIVES in loaded or not library.is_file():
-        return
-    spec = importlib.util.spec_from_file_location(COLLECTIVES, library)
-    if spec is None or spec.loader is None:
-        return
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    loaded[COLLECTIVES] = module
-
-
 def import_engine(compute: ComputeSection) -> Any:
-    """The module deepspeed, told what it runs on."""
-    if compute.gpus_per_worker == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    """Return the module deepspeed, set up for the device that it runs on."""
+    if compute.gpus_per_worker:
+        import deepspeed
 
+        return deepspeed
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}  # no extension is compiled, and no compiler is looked for
     return deepspeed
 
 
@@ -241,8 +190,6 @@ def start_engine(
     deepspeed = import_engine(compute)
     from torch.optim.lr_scheduler import LambdaLR
 
-    if compute.gpus_per_worker == 0:
-        load_collectives()
     curve: Callable[[int], float] = lambda step: learning_rate(step, total, optim)  # noqa: E731
     config = deepspeed_config(optim, compute, zero_stage, hidden_size(module))
     if universal:

@@ -54,9 +54,10 @@ def worker(rank: int, port: int, out: str) -> None:
                    "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}  # fmt: skip
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    from clinkd.train.engine import load_collectives
+    from clinkd.config import ComputeSection
+    from clinkd.train.engine import import_engine
 
-    load_collectives()
+    import_engine(ComputeSection())
     errors = {
         f"ZeRO-{zero} {precision} {divergence}": compare(rank, zero, precision, divergence)
         for zero in range(4)

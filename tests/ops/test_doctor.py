@@ -41,11 +41,16 @@ def test_a_package_that_is_not_there_is_named_with_the_remedy() -> None:
     assert (found.state, found.found) == ("failed", "not installed") and "install" in found.remedy
 
 
-def test_a_missing_java_or_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_java_is_a_warning_and_a_compiler_is_needed_for_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    for finding in (ward.java(), ward.compiler()):
-        assert finding.state == "warning" and finding.remedy
+    assert ward.java().state == "warning" and ward.java().remedy
+    assert ward.compiler().state == "ok"
+    (tmp_path / "nvidia-smi").write_text("")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert ward.compiler().state == "warning" and ward.compiler().remedy
 
 
 def test_little_room_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
