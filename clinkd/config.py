@@ -125,6 +125,11 @@ class GuideSection(Section):
     steps: int = Field(400, ge=1, description="optimiser steps of the guide that is trained here")
     batch_size: int = Field(16, ge=1, description="images per step over all workers")
     lr: float = Field(2e-3, gt=0, description="highest learning rate of the guide")
+    muon_lr: float | None = Field(
+        0.02,
+        gt=0,
+        description="highest learning rate of Muon, which trains the guide's matrices; none: AdamW alone",
+    )
 
 
 class EvaluateSection(Section):
@@ -263,6 +268,22 @@ class RunConfig(Section):
     watch: WatchSection = WatchSection()
     sinks: SinksSection = SinksSection()
     sweep: SweepSection = SweepSection()
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> RunConfig:
+        zero = self.compute.zero_stage
+        teacher = zero if self.compute.teacher_zero_stage is None else self.compute.teacher_zero_stage
+        sections = {
+            "sft": (self.sft, teacher), "distill.optim": (self.distill.optim, zero),
+            "reflect.optim": (self.reflect.optim, zero), "reflect.exercises": (self.reflect.exercises, zero),
+        }  # fmt: skip
+        for name, (optim, stage) in sections.items():
+            if optim is not None and optim.muon_lr is not None and stage > 0:
+                raise ValueError(
+                    f"{name}.muon_lr={optim.muon_lr:g}: ZeRO stage {stage} cuts matrices apart. "
+                    "Set compute.zero_stage=0, or muon_lr=null"
+                )
+        return self
 
     @property
     def student_seed(self) -> int:

@@ -68,9 +68,10 @@ class ModelSection(Section):
     tiny: TinySection = TinySection()
     vision: VisionSection = VisionSection()
     vocab_size: int = Field(1024, ge=300, description="most tokens of a tokenizer made here")
-    init: Literal["teacher_layers", "random"] = Field(
+    init: Literal["teacher_layers", "new_layers", "random"] = Field(
         "teacher_layers",
-        description="a student made here starts from evenly chosen layers of the teacher, or from nothing",
+        description="initialization of a student made here: evenly chosen layers of the teacher; new text "
+        "layers over the vision tower and embeddings of a teacher made here; all weights random",
     )
     train_vision: bool = Field(
         False, description="train the student's vision tower too (the paper freezes it)"

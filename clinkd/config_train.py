@@ -22,7 +22,13 @@ class OptimSection(Section):
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after warm-up; wsd: constant, then linear to 2% over the last fifth"
     )
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    muon_lr: float | None = Field(
+        None,
+        gt=0,
+        description="highest learning rate of Muon, which trains the matrices between embeddings and head, "
+        "AdamW the rest; needs ZeRO stage 0; none: AdamW trains all",
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW and Muon weight decay")
     clip: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
     coordinate_weight: float = Field(
         1.0,

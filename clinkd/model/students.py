@@ -1,11 +1,14 @@
-"""Students cut out of their teachers."""
+"""Students made of their teachers: cut out of them, or with text layers of their own."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from clinkd.model.first_weights import begin
 from clinkd.model.guided import GuidedModel
 
 
@@ -47,6 +50,31 @@ def student_from_teacher(teacher: GuidedModel, layers: int, mlp: int | None = No
     for number, source in enumerate(kept):
         layer = teacher.model.language_model.layers[source]
         student.model.language_model.layers[number].load_state_dict(_fewer_neurons(layer, mlp or width))
+    return student
+
+
+def student_with_new_layers(
+    teacher: GuidedModel, tokenizer: Any, layers: int, mlp: int, seed: int
+) -> GuidedModel:
+    """Return a student with the teacher's vision tower and token embeddings, and text layers of its own.
+
+    Args:
+        teacher: a model made here, whose width and heads the student shares.
+        tokenizer: the teacher's. layers, mlp: text layers, and neurons of each.
+        seed: of the text layers' initialization (``first_weights.begin``).
+    """
+    config = copy.deepcopy(teacher.config)
+    config.text_config.num_hidden_layers = layers
+    config.text_config.intermediate_size = mlp
+    config.text_config.layer_types = ["full_attention"] * layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = type(teacher)(config)
+        begin(student, tokenizer)
+    nn.Module.to(student, teacher.device, teacher.dtype)
+    own = ("model.language_model.layers.", "model.language_model.norm.")
+    shared = {name: value for name, value in teacher.state_dict().items() if not name.startswith(own)}
+    student.load_state_dict(shared, strict=False)
     return student
 
 

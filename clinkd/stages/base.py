@@ -192,7 +192,8 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(
             f"guide.path: {config.guide.path} is no folder; give that of a CLIP, SigLIP or open_clip model"
         )
-    if config.teacher.path is not None and config.model.path is None and config.model.init == "random":
+    made_alone = config.model.path is None and config.model.init != "teacher_layers"
+    if config.teacher.path is not None and made_alone:
         raise ConfigError(
             "model.path: a teacher by path needs a student by path, or one cut out of it "
             "(model.init: teacher_layers): they share a vocabulary"

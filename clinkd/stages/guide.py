@@ -74,7 +74,7 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
     spec = vqa_spec(run, start, teacher_rope(), train_vision=run.config.teacher.path is None)
     optim = OptimSection(
         steps=options.steps, batch_size=max(1, options.batch_size // workers), lr=options.lr, warmup=0.1,
-        questions_per_image=1_000_000,
+        muon_lr=options.muon_lr, questions_per_image=1_000_000,
     )  # fmt: skip
     return train(run, draft, "guide", optim, 0, lambda rows, scratch: GuideTask(rows, scratch, spec))
 

@@ -50,7 +50,7 @@ def _training_text(data: Path) -> Iterator[str]:
 
 
 def student_start(run: Run, draft: Draft) -> Path:
-    """What the student starts from: a checkpoint by path, layers of the teacher, or random weights."""
+    """Return the folder that the student starts from: a checkpoint, or a model made here (``model.init``)."""
     model = run.config.model
     if model.path is not None or model.init == "random":
         return start_model(run, draft, model.tiny, model.path, run.config.student_seed)
@@ -59,11 +59,16 @@ def student_start(run: Run, draft: Draft) -> Path:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         from clinkd.model.clinkd_qwen2vl import load_model, save_model
-        from clinkd.model.students import student_from_teacher
+        from clinkd.model.students import student_from_teacher, student_with_new_layers
 
         taught = teacher_folder(run)
-        student = student_from_teacher(load_model(taught), model.tiny.layers, model.tiny.mlp)
-        tokenizer = AutoTokenizer.from_pretrained(taught)
+        teacher, tokenizer = load_model(taught), AutoTokenizer.from_pretrained(taught)
+        size, seed = model.tiny, run.config.student_seed
+        student = (
+            student_from_teacher(teacher, size.layers, size.mlp)
+            if model.init == "teacher_layers"
+            else student_with_new_layers(teacher, tokenizer, size.layers, size.mlp, seed)
+        )
         save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught, backend="pil"), folder)
     return folder
 

@@ -289,7 +289,9 @@ def _trainer(compute: ComputeSection, config: dict[str, Any], storage: Path) -> 
     gpu, least = compute.gpus_per_worker > 0, compute.min_workers
     cpus = cluster.declared_cpus(compute.workers, compute.cpus_per_worker)
     resources = {"CPU": cpus} | ({"GPU": compute.gpus_per_worker} if gpu else {})
-    environment = {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if not gpu:  # Muon's few small matrices are not worth a compiler
+        environment |= {"DS_ACCELERATOR": "cpu", "TORCH_COMPILE_DISABLE": "1"}
     return ray.train.torch.TorchTrainer(
         serve,
         train_loop_config=config,

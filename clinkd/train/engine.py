@@ -9,11 +9,11 @@ Decisions:
   early in the backward pass. Tiny models get larger ones: a collective has a price of its own.
 - On a CPU nothing overlaps: collectives hold the thread. Buckets take a tiny model whole, but not the two
   gigabytes of DeepSpeed's default, which it sets aside.
-- The optimiser is torch's AdamW, on a GPU in its fused form. DeepSpeed's own compiles CUDA or C++ code first,
+- The optimizer is torch's AdamW in its fused form. DeepSpeed's own compiles CUDA or C++ code first,
   with a compiler and CUDA's headers on every node, and stops where the architecture list of NVIDIA's
   images names a "10.0a". Offloaded it stays DeepSpeed's, which is made for weights in the main memory.
-- On a CPU DeepSpeed would compile shared-memory collectives (40 s, with a C++ compiler) that only its inference
-  uses: training reduces through gloo. They are left out.
+- On a CPU DeepSpeed would compile shared-memory collectives (40 s, with a C++ compiler) that only its
+  inference uses: training reduces through gloo. They are left out.
 - The schedule is ours (torch's LambdaLR), so that every ZeRO stage and a bare torch loop share one curve.
 """
 
@@ -48,15 +48,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
         "gradient_clipping": optim.clip,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optim.lr,
-                "betas": [0.9, 0.98],
-                "weight_decay": optim.weight_decay,
-            }
-            | _kernel(compute),
-        },
+        "optimizer": _optimizer(optim, compute),
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_ours(compute, zero_stage),
         "bf16": {"enabled": compute.precision == "bf16"},
@@ -67,11 +59,14 @@ def deepspeed_config(
     return merge(merge(preset, _given(_read_base(compute.deepspeed))), ours)
 
 
-def _kernel(compute: ComputeSection) -> dict[str, Any]:
-    """Whose AdamW; see above."""
-    if compute.gpus_per_worker == 0:
-        return {"torch_adam": True}
-    return {"torch_adam": False} if compute.cpu_offload else {"torch_adam": True, "fused": True}
+def _optimizer(optim: OptimSection, compute: ComputeSection) -> dict[str, Any]:
+    """Return the optimizer's part of DeepSpeed's JSON: AdamW, or Muon with AdamW for what is no matrix."""
+    given = {"lr": optim.lr, "betas": [0.9, 0.98], "weight_decay": optim.weight_decay}
+    if optim.muon_lr is not None:
+        return {"type": "Muon", "params": given | {"torch_adam": True, "ns_method": "standard"}}
+    offloaded = compute.gpus_per_worker > 0 and compute.cpu_offload
+    kernel = {"torch_adam": False} if offloaded else {"torch_adam": True, "fused": True}
+    return {"type": "AdamW", "params": given | kernel}
 
 
 def _zero_ours(compute: ComputeSection, zero_stage: int) -> dict[str, Any]:
@@ -151,14 +146,24 @@ def hidden_size(module: Any) -> int | None:
 
 
 def parameter_groups(module: Any, optim: OptimSection) -> list[dict[str, Any]]:
-    """What trains, the vision tower and its merger at a learning rate of their own."""
-    tower: list[Any] = []
-    others: list[Any] = []
+    """Return what trains, in groups: the vision tower and its merger at a learning rate of their own.
+
+    With ``optim.muon_lr`` the matrices of each are a group by themselves. Embeddings and the head are none:
+    their rows are looked up one by one (Jordan et al., 2024), and DeepSpeed chooses by the same names.
+    """
+    groups: dict[tuple[bool, bool], list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (tower if ".visual." in name else others).append(parameter)
-    rates = ((others, optim.lr), (tower, optim.lr * optim.vision_lr))
-    return [{"params": group, "lr": rate} for group, rate in rates if group]
+            row_wise = any(part in name.lower() for part in ("embed", "lm_head"))
+            matrix = optim.muon_lr is not None and parameter.ndim >= 2 and not row_wise
+            groups.setdefault((".visual." in name, matrix), []).append(parameter)
+    return [
+        {
+            "params": group,
+            "lr": (optim.muon_lr if matrix else optim.lr) * (optim.vision_lr if tower else 1.0),  # type: ignore[operator]
+        }
+        for (tower, matrix), group in sorted(groups.items())
+    ]
 
 
 def import_engine(compute: ComputeSection) -> Any:
@@ -210,7 +215,10 @@ OPTIONS = ("weight_decay", "betas")
 def options_of(engine: Any) -> tuple[list[float], list[dict[str, Any]]]:
     """Base learning rates, and what else the configuration says of each group of parameters."""
     groups = engine.optimizer.param_groups
-    return list(engine.lr_scheduler.base_lrs), [{key: group[key] for key in OPTIONS} for group in groups]
+    return list(engine.lr_scheduler.base_lrs), [
+        {key: group[key] for key in OPTIONS if key in group}
+        for group in groups  # Muon has no betas
+    ]
 
 
 def set_options(engine: Any, options: tuple[list[float], list[dict[str, Any]]]) -> None:

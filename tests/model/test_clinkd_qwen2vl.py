@@ -18,7 +18,7 @@ from clinkd.model.clinkd_qwen2vl import (
     set_trainable,
 )
 from clinkd.model.rope import RopeGuidance
-from clinkd.model.students import kept_layers, student_from_teacher
+from clinkd.model.students import kept_layers, student_from_teacher, student_with_new_layers
 
 torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=3, mlp=96, vision_hidden=32, vision_layers=2, image_size=48)
@@ -212,6 +212,20 @@ def test_layers_are_spread_from_first_to_last():
     for layers in (0, 4):
         with pytest.raises(ValueError, match="layers"):
             kept_layers(3, layers)
+
+
+@torch.no_grad()
+def test_a_student_with_new_layers_shares_all_but_its_text_layers(tokenizer):
+    teacher = make(tokenizer, GUIDED)
+    student = student_with_new_layers(teacher, tokenizer, 2, 16, seed=3)
+    again = student_with_new_layers(teacher, tokenizer, 2, 16, seed=3)
+    taught, own = teacher.state_dict(), student.state_dict()
+    layers = {name for name in own if name.startswith("model.language_model.layers.")}
+    assert all(torch.equal(own[name], taught[name]) for name in own.keys() - layers if ".norm." not in name)
+    assert {name.split(".")[3] for name in layers} == {"0", "1"}
+    assert student.config.text_config.intermediate_size == 16
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(own[name], taught[name]) and torch.equal(own[name], again.state_dict()[name])
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clinkd.config import ComputeSection, ConfigError, OptimSection
-from clinkd.train.engine import deepspeed_config, hidden_size, learning_rate
+from clinkd.train.engine import deepspeed_config, hidden_size, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -83,9 +84,28 @@ def test_the_optimiser_is_one_that_needs_no_compiler() -> None:
     def params(**compute: Any) -> dict[str, Any]:
         return deepspeed_config(OptimSection(), ComputeSection(**compute), 2)["optimizer"]["params"]
 
-    assert params()["torch_adam"] and "fused" not in params()
+    assert params()["torch_adam"] and params()["fused"]
     assert params(gpus_per_worker=1)["torch_adam"] and params(gpus_per_worker=1)["fused"]
     assert not params(gpus_per_worker=1, cpu_offload=True)["torch_adam"]
+
+
+def test_muon_trains_the_matrices_between_embeddings_and_head() -> None:
+    module = torch.nn.ModuleDict(
+        {
+            "embed_tokens": torch.nn.Embedding(5, 4),
+            "layer": torch.nn.Linear(4, 4),
+            "lm_head": torch.nn.Linear(4, 5),
+        }
+    )
+    optim = OptimSection(lr=1e-3, muon_lr=0.02)
+    rates = {
+        id(parameter): group["lr"]
+        for group in parameter_groups(module, optim)
+        for parameter in group["params"]
+    }
+    found = {name: rates[id(parameter)] for name, parameter in module.named_parameters()}
+    assert found.pop("layer.weight") == 0.02 and set(found.values()) == {1e-3}
+    assert deepspeed_config(optim, ComputeSection(), 0)["optimizer"]["type"] == "Muon"
 
 
 def test_on_a_cpu_nothing_overlaps_and_buckets_are_small(tmp_path: Path) -> None:
@@ -116,7 +136,6 @@ def test_every_preset_is_a_configuration_of_deepspeeds(tmp_path: Path) -> None:
 
 
 def test_the_width_is_the_language_models() -> None:
-    import torch
     from transformers import Qwen2VLConfig
 
     whole = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
