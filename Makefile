@@ -1,11 +1,11 @@
-# make demo: the whole pipeline on phantoms.  make test: what CI runs.  make install: only the environment.
+# make demo: the whole pipeline on synthetic images.  make test: what CI runs.  make test-all: all matrices too.  make install: only the environment.
 # make bench: all benchmarks, into docs/performance.md; half an hour.
 # make twin: a cluster of several nodes on this machine, one of which is lost while it trains.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install demo test bench twin lint
+.PHONY: install demo test test-all bench twin lint
 
 install: .venv/.installed
 
@@ -19,11 +19,12 @@ install: .venv/.installed
 demo: install
 	$(BIN)/clinkd run configs/tiny.yaml
 
-test: install .venv/.open-clip
+test: KEEP := and not full
+test test-all: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 -m "not slow" -n 2 --dist worksteal
-	$(BIN)/pytest --durations=40 -m slow -n 2
+	$(BIN)/pytest --durations=40 -m "slow $(KEEP)" -n 2 --dist loadfile
 	PYTHONPATH=.venv/open-clip $(BIN)/pytest tests/model/test_open_clip_guide.py tests/model/test_pil_pixels.py
 
 # In a folder of its own, which only its tests see; the lock file says why.

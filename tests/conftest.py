@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ending
 import pytest
-from small_run import CONFIG, SMALL, clinkd
+from small_run import CONFIG, SMALL, here
 
 # For the S3 server on loopback; set before Ray starts, whose workers inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
@@ -43,9 +43,9 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small finished run, guided by pair; for slow tests."""
     folder = tmp_path_factory.mktemp("finished")
-    done = clinkd(folder, "run", str(CONFIG), *SMALL)
+    done = here(folder, "run", str(CONFIG), *SMALL)
     assert done.returncode == 0, done.stderr
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -24,6 +26,24 @@ def clinkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=1500, check=False
     )
+
+
+def here(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, on the Ray of all tests: for a command that nobody kills."""
+    from clinkd import cluster
+    from clinkd.cli import main
+
+    said, before = io.StringIO(), Path.cwd()
+    started = cluster.started_here()
+    os.chdir(folder)
+    cluster.adopt(True)  # its workers may stay from stage to stage
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(list(arguments))
+    finally:
+        cluster.adopt(started)
+        os.chdir(before)
+    return subprocess.CompletedProcess(["clinkd", *arguments], code, out.getvalue(), said.getvalue())
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import CONFIG, SMALL, clinkd, lines, start
+from small_run import CONFIG, SMALL, clinkd, here, lines, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.slow
@@ -51,16 +51,17 @@ def test_a_guided_model_answers_with_scores_made_on_the_fly_as_with_stored_ones(
     run = finished / "runs" / "tiny"
     data = next(path for path in (finished / "runs" / "artifacts").glob("prepare-*") if path.is_dir())
     arguments = ["--data", str(data), "--out", str(finished / "fly.jsonl"), "--max-new-tokens", "12"]
-    done = clinkd(finished, "predict", "--checkpoint", str(run / "model"), *arguments)
+    done = here(finished, "predict", "--checkpoint", str(run / "model"), *arguments)
     assert done.returncode == 0, done.stderr
     assert lines(finished / "fly.jsonl") == lines(run / "predictions.jsonl")
 
     bare = finished / "bare"
     shutil.copytree(run / "model", bare, ignore=shutil.ignore_patterns("guide"))
-    failed = clinkd(finished, "predict", "--checkpoint", str(bare), *arguments)
+    failed = here(finished, "predict", "--checkpoint", str(bare), *arguments)
     assert failed.returncode == 2 and "--guide" in failed.stderr and "Traceback" not in failed.stderr
 
 
+@pytest.mark.full
 def test_pair_and_patch_guidance_each_place_images_differently(finished: Path) -> None:
     """Positions of the test split's questions, by the run's scores, under each mode."""
     none, pair, patch = (positions(finished / "runs", mode) for mode in ("none", "pair", "patch"))
@@ -72,7 +73,7 @@ def test_pair_and_patch_guidance_each_place_images_differently(finished: Path) -
 def test_a_share_that_lies_in_one_that_was_asked_for_asks_nothing(finished: Path) -> None:
     """What a changed a or T asks for, a sweep shows: nothing."""
     before = set((finished / "runs" / "artifacts").glob("label-*"))
-    fewer = clinkd(finished, "label", str(CONFIG), *SMALL, "distill.share=0.25")
+    fewer = here(finished, "label", str(CONFIG), *SMALL, "distill.share=0.25")
     assert fewer.returncode == 0, fewer.stderr
     made = set((finished / "runs" / "artifacts").glob("label-*")) - before
     listing = next(path for path in made if path.is_dir()) / "artifact.json"
@@ -85,7 +86,7 @@ def test_a_student_of_true_answers_alone_asks_no_teacher(finished: Path) -> None
     artifacts = finished / "runs" / "artifacts"
     before = set(artifacts.glob("*-*"))
     plain = ["distill.a=0", "distill.unlabelled_share=0", "distill.start_quantile=0", "run.name=plain"]
-    done = clinkd(finished, "train", "distill", str(CONFIG), *SMALL, *plain)
+    done = here(finished, "train", "distill", str(CONFIG), *SMALL, *plain)
     assert done.returncode == 0, done.stderr
     (made,) = (path for path in set(artifacts.glob("*-*")) - before if path.is_dir())
     assert made.name.startswith("distill-") and "label" not in done.stderr
@@ -137,7 +138,7 @@ def positions(runs: Path, mode: str) -> list[torch.Tensor]:
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, said: str) -> None:
-    failed = clinkd(tmp_path, "run", str(CONFIG), override)
+    failed = here(tmp_path, "run", str(CONFIG), override)
     assert failed.returncode == 2
     assert said in failed.stderr and "Traceback" not in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1

@@ -66,6 +66,7 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
     raise AssertionError(f"{pattern} never came (exit code {process.poll()})")
 
 
+@pytest.mark.full
 def test_killed_in_a_phase_it_goes_on_and_comes_out_the_same(finished: Path, tmp_path: Path) -> None:
     (quiet,) = (path for path in artifacts(finished) if path.is_dir())
     skipped = shutil.ignore_patterns("reflect-*", "evaluate-*", "tiny")
@@ -115,6 +116,7 @@ def test_a_finished_round_accounts_for_every_answer(finished: Path) -> None:
     assert 'aria-label="Rounds of reflection"' in page and "said after the round" in page
 
 
+@pytest.mark.full
 def test_a_corrector_made_by_exercises_gives_its_distribution_in_the_place_of_texts(finished: Path) -> None:
     before = set(artifacts(finished))
     wanted = ("reflect.target=distribution", "reflect.exercises.steps=2")

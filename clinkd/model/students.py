@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clinkd.model.first_weights import begin
+from clinkd.model.first_weights import begin_layers
 from clinkd.model.guided import GuidedModel
 
 
@@ -54,14 +55,19 @@ def student_from_teacher(teacher: GuidedModel, layers: int, mlp: int | None = No
 
 
 def student_with_new_layers(
-    teacher: GuidedModel, tokenizer: Any, layers: int, mlp: int, seed: int
+    teacher: GuidedModel,
+    tokenizer: Any,
+    layers: int,
+    mlp: int,
+    seed: int,
+    boxes: Sequence[Tensor] | None = None,
 ) -> GuidedModel:
     """Return a student with the teacher's vision tower and token embeddings, and text layers of its own.
 
     Args:
         teacher: a model made here, whose width and heads the student shares.
         tokenizer: the teacher's. layers, mlp: text layers, and neurons of each.
-        seed: of the text layers' initialization (``first_weights.begin``).
+        seed, boxes: of the text layers' initialization (``first_weights.begin_layers``).
     """
     config = copy.deepcopy(teacher.config)
     config.text_config.num_hidden_layers = layers
@@ -70,11 +76,11 @@ def student_with_new_layers(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(teacher)(config)
-        begin(student, tokenizer)
     nn.Module.to(student, teacher.device, teacher.dtype)
     own = ("model.language_model.layers.", "model.language_model.norm.")
     shared = {name: value for name, value in teacher.state_dict().items() if not name.startswith(own)}
     student.load_state_dict(shared, strict=False)
+    begin_layers(student, tokenizer, boxes, seed)
     return student
 
 

@@ -80,6 +80,18 @@ class TinyGuide(nn.Module):
         return (patches @ self.rotation.to(patches.dtype) @ table.T).float()
 
 
+def box_maps(folder: Path) -> list[Tensor]:
+    """Return the four maps [H, H] from a patch to the embeddings of x1, y1, x2, y2 (``TinyGuide.heads``).
+
+    Args:
+        folder: what ``save_guide`` wrote.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / WEIGHTS)
+    return [weights[f"heads.{number}.weight"] for number in range(4)]
+
+
 def save_guide(guide: TinyGuide, out: Path) -> None:
     """The guide's own weights beside a model's folder (which holds the tower and the embeddings)."""
     from safetensors.torch import save_file

@@ -67,10 +67,17 @@ def student_start(run: Run, draft: Draft) -> Path:
         student = (
             student_from_teacher(teacher, size.layers, size.mlp)
             if model.init == "teacher_layers"
-            else student_with_new_layers(teacher, tokenizer, size.layers, size.mlp, seed)
+            else student_with_new_layers(teacher, tokenizer, size.layers, size.mlp, seed, _box_maps(run))
         )
         save_model(student, tokenizer, AutoImageProcessor.from_pretrained(taught, backend="pil"), folder)
     return folder
+
+
+def _box_maps(run: Run) -> Any:
+    from clinkd.model.guide import OWN
+    from clinkd.model.tiny_guide import box_maps
+
+    return box_maps(run.done["guide"].path / OWN)
 
 
 def guidance(rope: RopeSection) -> Any:

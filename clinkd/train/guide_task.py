@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinkd.data.regions import Pair, coverage, covered, region_pairs
+from clinkd.model.first_weights import begin_layers
 from clinkd.model.tiny_guide import TinyGuide
 from clinkd.train.flops import Work
 from clinkd.train.ledger import Group
@@ -172,7 +173,10 @@ class GuideTask(SupervisedTask):
         return self._written[value]
 
     def save(self, state: dict[str, Any], out: Path) -> None:
-        """A model folder with the trained tower and embeddings, and the guide's own weights beside it."""
+        """Write a model folder with the trained tower and embeddings, and the guide's own weights next to it.
+
+        The text layers of a model made here are initialized from what the guide has learned.
+        """
         from clinkd.model.clinkd_qwen2vl import load_model, save_model
         from clinkd.model.tiny_guide import save_guide
 
@@ -181,6 +185,8 @@ class GuideTask(SupervisedTask):
         own = {key.removeprefix("guide."): value for key, value in state.items()}
         own.setdefault("model.lm_head.weight", own["model.model.language_model.embed_tokens.weight"])
         guide.load_state_dict(own)
+        if self.spec.train_vision:
+            begin_layers(model, self.tokenizer, [head.weight for head in guide.heads])
         save_model(model, self.tokenizer, self.processor, out)
         save_guide(guide, out)
 

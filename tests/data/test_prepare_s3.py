@@ -55,6 +55,7 @@ def same(uri: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_bucket_that_fails_gives_the_same_bytes(
     bucket: str, server: tuple[str, Faults], tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_names_that_leave_the_folder_leave_it_in_a_bucket_too(bucket: str, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_mask_folder_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     from test_prepare import mask_folder
 

@@ -26,7 +26,7 @@ def model(tmp_path_factory) -> str:
     return str(write_new_model(texts, size, tmp_path_factory.mktemp("model"), vocab_size=300, seed=0))
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.full), 2])
 def pool(request, ray_session) -> Iterator[AnswerPool]:
     found = AnswerPool(request.param, cpus=0)
     yield found

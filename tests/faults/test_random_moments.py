@@ -68,6 +68,7 @@ def kill_one(process: subprocess.Popen[bytes], kind: str, chance: random.Random)
 
 
 @pytest.mark.skipif(not MOMENTS, reason="CLINKD_FAULTS=N kills N times; some minutes each ten")
+@pytest.mark.full
 def test_the_same_command_comes_to_the_same_run(tmp_path: Path) -> None:
     calm = tmp_path / "calm"
     calm.mkdir()

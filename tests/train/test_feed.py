@@ -113,7 +113,7 @@ def test_configured_limits_go_before_the_folders(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [None, 220])
+@pytest.mark.parametrize("tokens", [pytest.param(None, marks=pytest.mark.full), 220])
 def test_an_epoch_brings_every_sample_once_to_some_rank(prepared, start, tmp_path, tokens):
     spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 2, tokens, per_group=2, window=2))
     rounds = spec.rounds(0, 2)
@@ -166,8 +166,15 @@ def test_where_nothing_is_left_other_ranks_begin_the_next_epoch(prepared, start,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [None, 500])
-@pytest.mark.parametrize("conversations", [False, True])
+@pytest.mark.parametrize(
+    ("conversations", "tokens"),
+    [
+        pytest.param(False, None, marks=pytest.mark.full),
+        pytest.param(False, 500, marks=pytest.mark.full),
+        pytest.param(True, None, marks=pytest.mark.full),
+        (True, 500),
+    ],
+)
 def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conversations):
     """The same samples by both ways: the same answer tokens and the same sum of losses."""
     import ray.data

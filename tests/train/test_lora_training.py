@@ -29,6 +29,7 @@ def spec_of(start: Path, **more):
     return VqaSpec(str(start), guidance, train_vision=False, lora=LoraOptions(rank=4, alpha=8.0), **more)
 
 
+@pytest.mark.full
 def test_zero_0_to_3_train_one_curve_of_adapters(prepared, start, tmp_path) -> None:
     import torch
     from tiny_training import train_each

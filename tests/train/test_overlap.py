@@ -21,7 +21,7 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_overlap_and_buckets_change_no_curve(zero: int, prepared: Path, start: Path, tmp_path: Path) -> None:
     from tiny_training import train_each
 

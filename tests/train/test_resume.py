@@ -101,7 +101,7 @@ def test_a_checkpoint_of_zero_0_goes_on_under_no_other_stage(ray_session: None, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_asked_to_stop_it_saves_and_goes_on_where_it_was(
     ray_session: None, tmp_path: Path, zero: int
 ) -> None:
@@ -115,7 +115,14 @@ def test_asked_to_stop_it_saves_and_goes_on_where_it_was(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        pytest.param(0, marks=pytest.mark.full),
+        1,
+        *(pytest.param(stage, marks=pytest.mark.full) for stage in (2, 3)),
+    ],
+)
 def test_a_step_that_is_not_finite_is_left_out(ray_session: None, tmp_path: Path, zero: int) -> None:
     """ZeRO-0 goes back to its last checkpoint, the others leave the weights alone."""
     calm = train_line(tmp_path / "calm", zero=zero)

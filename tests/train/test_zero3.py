@@ -50,7 +50,7 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mode", ["pair", "patch"])
+@pytest.mark.parametrize("mode", [pytest.param("pair", marks=pytest.mark.full), "patch"])
 def test_a_guided_model_trains_saves_and_answers_in_plain_python(mode, prepared, start, tmp_path) -> None:
     from tiny_training import made_up_scores, train
 

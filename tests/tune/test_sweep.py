@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_run import CONFIG, SMALL, clinkd, lines, start
+from small_run import CONFIG, SMALL, clinkd, here, lines, start
 
 from clinkd.config import load_config
 from clinkd.storage import sha256
@@ -152,6 +152,7 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(finished: Path, tmp_
 @pytest.mark.skipif(
     "CLINKD_CLONES" not in os.environ, reason="a population trains side by side: minutes; CLINKD_CLONES=1"
 )
+@pytest.mark.full
 def test_a_clone_goes_on_from_exactly_the_others_weights_and_a_kill_changes_no_population(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +214,6 @@ def cosine(step: int, total: int) -> float:
 def test_what_cannot_be_is_refused_before_anything_starts(
     tmp_path: Path, changes: dict[str, Any], overrides: list[str], said: str
 ) -> None:
-    done = clinkd(tmp_path, "sweep", write(tmp_path, **changes), *SMALL, *STEPS, *overrides)
+    done = here(tmp_path, "sweep", write(tmp_path, **changes), *SMALL, *STEPS, *overrides)
     assert done.returncode == 2 and said in done.stderr
     assert not list(tmp_path.glob("runs/artifacts/*-*"))  # no stage was made
