@@ -32,10 +32,12 @@ class Progress:
         interval: fewest seconds between plain lines.
         clock: seconds, for tests.
 
-    ``also`` may be set to a function that gets every line of metrics.jsonl, whoever wrote it.
+    ``also`` may be set to a function that gets every line of metrics.jsonl, whoever wrote it; ``run_left`` to one
+    that returns the seconds left of the run, from those that the steps of the present stage still need.
     """
 
     also: Callable[[Mapping[str, Any]], None] | None = None
+    run_left: Callable[[float], float] | None = None
 
     def __init__(
         self,
@@ -96,9 +98,8 @@ class Progress:
             if record:
                 self._append({"stage": self._stage, "step": step, **numbers})
             if self._bar is not None and self._task is not None:
-                self._bar.update(
-                    self._task, completed=step, total=self._total, numbers=_numbers(self._numbers)
-                )
+                shown = filter(None, [_numbers(self._numbers), self._run_left()])
+                self._bar.update(self._task, completed=step, total=self._total, numbers=", ".join(shown))
             elif self._clock() - self._shown >= self._interval:
                 self._shown = self._clock()
                 self._print(self._line())
@@ -154,14 +155,25 @@ class Progress:
 
     def _line(self) -> str:
         total = "" if self._total is None else f"/{self._total}"
-        left = ""
-        # Before its first step a stage starts workers; that time says nothing about the steps to come.
-        if self._total is not None and self._from is not None and self._step > self._from[0]:
-            pace = (self._clock() - self._from[1]) / (self._step - self._from[0])
-            left = f"{duration((self._total - self._step) * pace)} left"
-        return ", ".join(
-            filter(None, [f"{self._stage}: step {self._step}{total}", _numbers(self._numbers), left])
-        )
+        seconds = self._stage_left()
+        left = "" if seconds is None else f"{duration(seconds)} left"
+        shown = [f"{self._stage}: step {self._step}{total}", _numbers(self._numbers), left, self._run_left()]
+        return ", ".join(filter(None, shown))
+
+    def _stage_left(self) -> float | None:
+        """Return the seconds that the stage's steps still need; None before its second step.
+
+        Before its first step a stage starts workers; that time says nothing about the steps to come.
+        """
+        if self._total is None or self._from is None or self._step <= self._from[0]:
+            return None
+        pace = (self._clock() - self._from[1]) / (self._step - self._from[0])
+        return (self._total - self._step) * pace
+
+    def _run_left(self) -> str:
+        if self.run_left is None:
+            return ""
+        return f"run: {duration(self.run_left(self._stage_left() or 0.0))} left"
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

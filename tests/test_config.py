@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from clinkd.config import ComputeSection, ConfigError, RunConfig, load_config, to_yaml, with_values
+from clinkd.config import (
+    ComputeSection,
+    ConfigError,
+    RunConfig,
+    check_config,
+    load_config,
+    to_yaml,
+    with_values,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -131,3 +139,10 @@ def test_a_model_actor_gets_a_part_of_the_workers_gpus_and_one_at_most(
 ) -> None:
     """Ray refuses 2.67 GPUs, and an actor's model lies on one."""
     assert ComputeSection(workers=workers, gpus_per_worker=gpus, actors=actors).gpus_per_actor == each
+
+
+def test_muon_is_refused_where_zero_cuts_matrices_apart() -> None:
+    muon = {"distill": {"optim": {"muon_lr": 0.02}}}
+    with pytest.raises(ConfigError, match=r"distill\.optim\.muon_lr=0\.02: ZeRO stage 1 cuts matrices apart"):
+        check_config(muon, "mine.yaml")
+    assert check_config(muon | {"compute": {"zero_stage": 0}}, "mine.yaml").distill.optim.muon_lr == 0.02

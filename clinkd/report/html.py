@@ -205,8 +205,22 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
     return {
         "stage_charts": stage_charts,
         "distill_charts": _curves(run.metrics, terms),
+        "distilled": _distilled(run.metrics),
         "curriculum_charts": _curves(run.metrics, CURRICULUM),
     }
+
+
+def _distilled(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Return how far the student was from its teacher in its first and its last steps; None without a teacher.
+
+    Means over a twentieth of the steps, ``kd`` in nats per answer token.
+    """
+    found = [line["kd"] for line in metrics if line.get("stage") == "distill" and "kd" in line]
+    if len(found) < 2:
+        return None
+    few = max(1, len(found) // 20)
+    first, last = found[0], sum(found[-few:]) / few
+    return {"steps": len(found), "first": first, "last": last, "share": 1 - last / first if first else 0.0}
 
 
 def _curves(

@@ -8,6 +8,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -49,11 +50,19 @@ class Desks:
     progress: Progress
     gpus: float = 0.0
     _pool: AnswerPool | None = None
+    _shared: bool = False
 
     @classmethod
     def of(cls, run: Run) -> Desks:
+        """Return the run's own, which stay for its later stages; on GPUs, or a cluster, new ones."""
+        from clinkd import cluster
+
         compute = run.config.compute
-        return cls(compute.actors, run.progress, compute.gpus_per_actor)
+        desks = run.kept.get("desks") or cls(compute.actors, run.progress, compute.gpus_per_actor)
+        if cluster.started_here() and not desks.gpus and "desks" not in run.kept:
+            run.keep("desks", contextlib.closing(desks))
+            desks._shared = True
+        return desks
 
     def pool(self) -> AnswerPool:
         if self._pool is None:
@@ -70,7 +79,8 @@ class Desks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if not self._shared:
+            self.close()
 
     def close(self) -> None:
         if self._pool is not None:

@@ -26,10 +26,11 @@ from clinkd.artifacts import Artifact, Draft, Store, fingerprint
 from clinkd.config import ConfigError, RunConfig, to_yaml
 from clinkd.data.codec import MODEL_SPELLING
 from clinkd.interrupt import terminable
-from clinkd.progress import Progress
+from clinkd.progress import Progress, duration
 from clinkd.sinks import check_sinks, open_sinks
 
 if TYPE_CHECKING:
+    from clinkd.stages.forecast import Forecast
     from clinkd.train.crew import Crew
     from clinkd.train.loop import TrainJob
 
@@ -48,9 +49,12 @@ class Run:
     done: dict[str, Artifact] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # rows of the report's table of stages
     salt: dict[str, Any] = field(default_factory=dict)  # of a student's fingerprint, beside its settings
+    forecast: Forecast | None = None  # of the time left; None where nothing is known of it
     _connected: bool = False
     _crew: Crew | None = None
     _lent: bool = False
+    _at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    kept: dict[str, Any] = field(default_factory=dict)  # what stages share, by name
 
     @property
     def folder(self) -> Path:
@@ -72,28 +76,60 @@ class Run:
             )
             self._connected = True
 
-    def train(self, job: TrainJob, rows: Any) -> None:
-        """Runs a training job; its workers stay for the next one where Ray is this run's own."""
+    def start_training_workers(self) -> None:
+        """Start them while other work goes on, where they stay for all stages anyway."""
         from clinkd import cluster
+
+        if cluster.started_here() and not self.config.compute.gpus_per_worker:
+            self._workers().start()
+
+    def _workers(self) -> Crew:
         from clinkd.train.crew import Crew
 
         if self._crew is None:
             self._crew = Crew(self.config.compute, self.folder / CREW)
+        return self._crew
+
+    def train(self, job: TrainJob, rows: Any) -> None:
+        """Runs a training job; its workers stay for the next one where Ray is this run's own."""
+        from clinkd import cluster
+
+        workers = self._workers()
         stays = self._lent or cluster.started_here()
         try:
-            self._crew.fit(job, rows)
+            workers.fit(job, rows)
         finally:
             if self.config.compute.gpus_per_worker:
-                self._crew.close()
+                workers.close()
             elif not stays:
                 self.dismiss()
+
+    def forecast_all(self) -> None:
+        """Measure this machine and show how long the whole run will take, then and with each line."""
+        from clinkd.stages.forecast import PROBE_S, Forecast, expected, probe
+
+        stages = expected(self.config)
+        if stages is None:
+            return
+        self.forecast = Forecast(stages, probe() / PROBE_S)
+        self.progress.run_left = self.forecast.left
+        self.progress.say(
+            f"run: about {duration(self.forecast.left())} on this machine, if no stage is there yet "
+            "(measured in its first second)"
+        )
 
     def lend(self, crew: Crew) -> None:
         """Workers that train for this run and stay when it ends."""
         self._crew, self._lent = crew, True
 
+    def keep(self, name: str, shared: contextlib.AbstractContextManager[Any]) -> None:
+        """Keep something that later stages share; it is closed when the run ends."""
+        self.kept[name] = self._at_the_end.enter_context(shared)
+
     def dismiss(self, wait: bool = True) -> None:
-        """Sends the training workers home."""
+        """End the training workers, and close what stages shared."""
+        self.kept.clear()
+        self._at_the_end.close()
         if self._crew is not None and not self._lent:
             self._crew.close(wait)
             self._crew = None
@@ -116,6 +152,8 @@ class Run:
         mark = fingerprint(name, read, settings, version)
         artifact = self.store.find(name, mark)
         skipped = artifact is not None
+        if self.forecast is not None:
+            self.forecast.begin(name)
         if artifact is None:
             if ray:
                 self.connect()
@@ -123,6 +161,8 @@ class Run:
                 artifact = draft.artifact or draft.commit(make(draft))
         else:
             self.progress.skipped(name, artifact.meta["seconds"])
+        if self.forecast is not None:
+            self.forecast.end(name, skipped)
         self.done[name] = artifact
         self.log.append(
             {"stage": name, "fingerprint": mark[:12], "seconds": artifact.meta["seconds"],

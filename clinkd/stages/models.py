@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from clinkd.stages.base import Run
 
 if TYPE_CHECKING:
     from clinkd.train.tasks import VqaSpec
+
+
+TOKENIZER_SAMPLES = 20_000
+"""Most samples that a tokenizer is made of, evenly spread: more change nothing but the time."""
 
 
 def start_model(run: Run, draft: Draft, tiny: TinySection, path: str | None, seed: int) -> Path:
@@ -40,9 +45,10 @@ def _training_text(data: Path) -> Iterator[str]:
     """What the tokenizer is made of: questions, answers, and what a corrector is told."""
     from clinkd.data.boxes import to_qwen
     from clinkd.data.correction import correction_prompt
-    from clinkd.data.shards import samples
+    from clinkd.data.shards import read_manifest, samples
 
-    for number, sample in enumerate(samples(data, "train")):
+    step = -(-read_manifest(data)["by_split"]["train"] // TOKENIZER_SAMPLES)
+    for number, sample in enumerate(islice(samples(data, "train"), 0, None, step)):
         yield to_qwen(sample["question"])
         yield to_qwen(sample["answer"])
         if number % 4 == 0:

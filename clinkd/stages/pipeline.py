@@ -24,6 +24,7 @@ def run(config: RunConfig) -> Path:
         ConfigError, DataError: a user's mistake, found before the stage that would meet it where possible.
     """
     with open_run(config) as current:
+        current.forecast_all()
         learn(current)
         return finish(current)
 

@@ -24,6 +24,7 @@ def prepare(run: Run) -> Artifact:
         from clinkd.data.prepare import prepare as write
         from clinkd.data.validate import Limits
 
+        run.start_training_workers()
         phantoms = PhantomSpec(data.phantoms, size=data.phantom_size, seed=run.config.run.seed)
         run.progress.start("prepare")
         manifest = write(

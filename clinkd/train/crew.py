@@ -195,11 +195,15 @@ class Crew:
         with _announced(job):
             self._fit(job, rows)
 
+    def start(self) -> None:
+        """Start the workers, if they are not there; returns at once."""
+        if self._thread is None:
+            self._start()
+
     def _fit(self, job: TrainJob, rows: Any) -> None:
         import ray
 
-        if self._thread is None:
-            self._start()
+        self.start()
         number = ray.get(self._mailbox.post.remote([ray.put((job, rows))]))
         settled = self._mailbox.outcome.remote(number)
         try:

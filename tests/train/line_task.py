@@ -74,14 +74,15 @@ class LineTask:
 
 
 def line_job(
-    out: Path, make_task: Callable[[Any, Path], Any], zero: int, workers: int, batch: int, **more: Any
-) -> TrainJob:
+    out: Path, make_task: Callable[[Any, Path], Any], zero: int, workers: int, batch: int,
+    muon_lr: float | None = None, **more: Any,
+) -> TrainJob:  # fmt: skip
     import ray.cloudpickle
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     out.mkdir(parents=True, exist_ok=True)
     return TrainJob(
-        stage="line", make_task=make_task, optim=OptimSection(batch_size=batch, lr=0.05),
+        stage="line", make_task=make_task, optim=OptimSection(batch_size=batch, lr=0.05, muon_lr=muon_lr),
         compute=ComputeSection(workers=workers, checkpoint_every=5), zero_stage=zero, steps=12, seed=3,
         out=str(out), work=str(out / "work"), **more,
     )  # fmt: skip

@@ -64,16 +64,19 @@ def column(lines: list[dict], key: str) -> list[float]:
 def test_two_workers_then_one_then_two_learn_what_two_do(ray_session: None, tmp_path: Path) -> None:
     """Also from one ZeRO stage to another: the same samples in each step, the same curve and weights."""
     watch = WatchSection(samples=True)
-    ways = {"1": (1, 1, 1), "3": (3, 3, 3), "change": (2, 1, 2)}
+    ways = {"1": (1, 1, 1), "3": (3, 3, 3), "change": (2, 1, 2), "muon": (0, 0, 0)}
+    rates = {way: 0.02 if way == "muon" else None for way in ways}
     calm = {
-        way: train_line(tmp_path / f"calm-{way}", zero=stages[0], watch=watch) for way, stages in ways.items()
+        way: train_line(tmp_path / f"calm-{way}", zero=stages[0], watch=watch, muon_lr=rates[way])
+        for way, stages in ways.items()
     }
     lines = {}
     for workers, until, phase in ((2, 5, 0), (1, 9, 1), (2, None, 2)):
         for way, stages in ways.items():
             lines[way] = train_line(
-                tmp_path / way, zero=stages[phase], workers=workers, until=until, dealt=2, watch=watch
-            )
+                tmp_path / way, zero=stages[phase], workers=workers, until=until, dealt=2, watch=watch,
+                muon_lr=rates[way],
+            )  # fmt: skip
     for way in ways:
         assert column(lines[way], "step") == list(range(1, 13))
         assert column(lines[way], "x") == column(calm[way], "x")
