@@ -32,8 +32,8 @@ class Progress:
         interval: fewest seconds between plain lines.
         clock: seconds, for tests.
 
-    ``also`` may be set to a function that gets every line of metrics.jsonl, whoever wrote it; ``run_left`` to one
-    that returns the seconds left of the run, from those that the steps of the present stage still need.
+    ``also`` may be set to a function that gets every line of metrics.jsonl, whoever wrote it; ``run_left`` to
+    one that returns the seconds left of the run, from those that the steps of the present stage still need.
     """
 
     also: Callable[[Mapping[str, Any]], None] | None = None

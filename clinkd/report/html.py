@@ -211,7 +211,7 @@ def _charts(run: ReportInputs) -> dict[str, Any]:
 
 
 def _distilled(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Return how far the student was from its teacher in its first and its last steps; None without a teacher.
+    """Return how far the student was from its teacher at first and at last; None without a teacher.
 
     Means over a twentieth of the steps, ``kd`` in nats per answer token.
     """

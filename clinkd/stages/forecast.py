@@ -2,8 +2,8 @@
 
 Decisions:
 - Each stage has expected seconds: its start, and its work in units that the configuration gives. Both were
-  measured with the shipped configuration on two cores; only runs like it (synthetic images, models made here) get
-  a forecast. For others ``clinkd plan --calibrate`` measures their own models.
+  measured with the shipped configuration on two cores; only runs like it (synthetic images, models made
+  here) get a forecast. For others ``clinkd plan --calibrate`` measures their own models.
 - A machine's factor is measured at first by half a second of similar work, then by the stages that are done.
 """
 
@@ -17,11 +17,11 @@ from clinkd.config import OptimSection, RunConfig
 
 PROBE_S = 0.012
 """Seconds that ``probe`` takes on the machine where the constants below were measured."""
-START_S = {"prepare": 10.0, "guide": 20.0, "teacher": 1.0, "label": 12.0, "distill": 3.0, "reflect": 25.0,
-           "evaluate": 12.0}  # fmt: skip
-DRAWN_S, GUIDED_S, SCORED_S = 0.0022, 0.0028, 0.0018
+START_S = {"prepare": 13.0, "guide": 21.0, "teacher": 3.0, "label": 12.0, "distill": 3.0, "reflect": 19.0,
+           "evaluate": 19.0}  # fmt: skip
+DRAWN_S, GUIDED_S, SCORED_S = 0.0042, 0.0046, 0.0017
 """Seconds for an image: to draw it, to train the guide on it, to score its questions."""
-ANSWER_S = 0.00055
+ANSWER_S = 0.00067
 """Seconds for a question and a text layer of a training step, ``WORKERS`` at work."""
 LABEL_S = 0.001
 """Seconds for an answer that the teacher labels."""

@@ -91,7 +91,7 @@ def kill_when(folder: Path, path: str, ready: Any) -> None:
 def test_killed_and_resumed_the_study_is_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
     whole, cut = root(finished, tmp_path / "whole"), root(finished, tmp_path / "cut")
     path = write(tmp_path)
-    done = clinkd(whole, "sweep", path, *SMALL, *STEPS)
+    done = here(whole, "sweep", path, *SMALL, *STEPS)
     assert done.returncode == 0, done.stderr
     kill_when(cut, path, lambda found: any(state == "RUNNING" and rungs for _, state, _, rungs, _ in found))
     if TWICE:
