@@ -121,7 +121,7 @@ def test_asked_to_stop_it_saves_and_goes_on_where_it_was(
 @pytest.mark.parametrize(
     "zero",
     [
-        pytest.param(0, marks=pytest.mark.full),
+        0,  # the one stage that goes back to its checkpoint
         1,
         *(pytest.param(stage, marks=pytest.mark.full) for stage in (2, 3)),
     ],
