@@ -20,6 +20,8 @@ demo: install
 	$(BIN)/clinkd run configs/tiny.yaml
 
 test: KEEP := and not full
+test-all: export CLINKD_FAULTS ?= 6
+test-all: export CLINKD_CLONES ?= 1
 test test-all: install .venv/.open-clip
 	$(BIN)/ruff check .
 	$(BIN)/mypy

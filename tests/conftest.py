@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -44,8 +45,22 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small finished run, guided by pair; for slow tests."""
+    """The folder of a small finished run, guided by pair; for slow tests.
+
+    One process of the suite makes it, each has a copy: tests go on in it.
+    """
+    suite = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        suite = suite.parent
+    made = suite / "finished"
+    with (suite / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "done").is_file():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            done = here(made, "run", str(CONFIG), *SMALL)
+            assert done.returncode == 0, done.stderr
+            (made / "done").touch()
     folder = tmp_path_factory.mktemp("finished")
-    done = here(folder, "run", str(CONFIG), *SMALL)
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(made, folder, dirs_exist_ok=True)
     return folder

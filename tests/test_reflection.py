@@ -66,7 +66,6 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
     raise AssertionError(f"{pattern} never came (exit code {process.poll()})")
 
 
-@pytest.mark.full
 def test_killed_in_a_phase_it_goes_on_and_comes_out_the_same(finished: Path, tmp_path: Path) -> None:
     (quiet,) = (path for path in artifacts(finished) if path.is_dir())
     skipped = shutil.ignore_patterns("reflect-*", "evaluate-*", "tiny")

@@ -186,7 +186,7 @@ class GuideTask(SupervisedTask):
         own.setdefault("model.lm_head.weight", own["model.model.language_model.embed_tokens.weight"])
         guide.load_state_dict(own)
         if self.spec.train_vision:
-            begin_layers(model, self.tokenizer, [head.weight for head in guide.heads])
+            begin_layers(model, self.tokenizer, list(guide.heads.parameters()))
         save_model(model, self.tokenizer, self.processor, out)
         save_guide(guide, out)
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: the same numbers as on the CPU, and a whole run in bfloat16 with NCCL.
 
-pytest tests/gpu          # a minute or two on one GPU; skipped where torch sees none
+    pytest tests/gpu          # a minute or two on one GPU; skipped where torch sees none
 """
 
 from __future__ import annotations

@@ -170,7 +170,6 @@ def test_exit_codes_logs_and_tokens(head: Head, runs: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.full
 def test_stopped_it_goes_on_by_the_same_command(head: Head, runs: list[str], tmp_path: Path) -> None:
     """`ray job stop` is a SIGTERM: the step under way is saved. While it runs the command follows it."""
     arguments = [

@@ -164,7 +164,6 @@ def test_the_student_learns_from_its_own_answers_and_the_teacher_stays_as_it_is(
     assert saved.lm_head.weight.shape == load_model(start).lm_head.weight.shape
 
 
-@pytest.mark.full
 def test_a_sharded_teacher_and_a_sharded_student_change_nothing(
     prepared, start, teacher, cache, tmp_path
 ) -> None:

@@ -93,7 +93,6 @@ def answer_tokens(prepared: Path, start: Path) -> int:
     )
 
 
-@pytest.mark.full
 def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_path) -> None:
     """Two records fit one sequence: one rank has fillers alone, and ZeRO-3 would hang without the tower."""
     ids = sorted({sample["id"] for sample in samples(prepared, "train")})[:2]
@@ -127,7 +126,6 @@ def test_a_bad_image_ends_training_with_the_records_id(prepared, start, tmp_path
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.full
 def test_the_stage_teacher_streams_where_the_configuration_says_so(tmp_path: Path) -> None:
     tiny = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
