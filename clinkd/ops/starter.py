@@ -35,16 +35,18 @@ RECIPE: dict[str, Any] = {
 # As configs/tiny.yaml has it: models that are made here and trained on CPUs.
 TINY: dict[str, Any] = {
     "model.vision.hidden": 96, "model.vision.layers": 3, "model.vision.heads": 2, "model.vision.patch": 14,
-    "model.vision.image_size": 112, "model.tiny.hidden": 128, "model.tiny.layers": 3, "model.tiny.heads": 4,
-    "model.tiny.mlp": 192, "teacher.tiny.hidden": 128, "teacher.tiny.layers": 3, "teacher.tiny.heads": 4,
-    "teacher.tiny.mlp": 384, "rope.gamma": 0.25, "rope.mode": "pair", "guide.steps": 2000,
-    "guide.batch_size": 16, "guide.lr": 4e-3, "sft.steps": 1100, "sft.batch_size": 5,
-    "sft.questions_per_image": 5, "sft.lr": 1.2e-3, "sft.schedule": "wsd", "sft.vision_lr": 0.1,
-    "sft.coordinate_weight": 4, "distill.share": 0.25, "distill.optim.steps": 300,
-    "distill.optim.batch_size": 5, "distill.optim.questions_per_image": 5, "distill.optim.lr": 1e-3,
-    "distill.optim.vision_lr": 0.1, "reflect.share": 0.1, "reflect.samples": 400, "reflect.budget": 200,
-    "reflect.optim.steps": 150, "reflect.optim.batch_size": 5, "reflect.optim.questions_per_image": 5,
-    "reflect.optim.lr": 5e-4, "reflect.optim.vision_lr": 0.1, "reflect.optim.coordinate_weight": 4,
+    "model.vision.image_size": 112, "model.init": "new_layers", "model.tiny.hidden": 128,
+    "model.tiny.layers": 3, "model.tiny.heads": 8, "model.tiny.mlp": 96, "teacher.tiny.hidden": 128,
+    "teacher.tiny.layers": 3, "teacher.tiny.heads": 8, "teacher.tiny.mlp": 192, "rope.gamma": 0.25,
+    "rope.mode": "pair", "guide.steps": 800, "guide.batch_size": 32, "guide.lr": 4e-3, "guide.muon_lr": 0.03,
+    "sft.steps": 700, "sft.batch_size": 5, "sft.questions_per_image": 5, "sft.lr": 2e-3,
+    "sft.schedule": "wsd", "sft.vision_lr": 0.1, "sft.coordinate_weight": 4, "distill.share": 0.4,
+    "distill.unlabelled_share": 0.1, "distill.start_quantile": 0.2, "distill.a": 2, "distill.temperature": 1,
+    "distill.optim.steps": 400, "distill.optim.batch_size": 5, "distill.optim.questions_per_image": 5,
+    "distill.optim.lr": 3e-3, "distill.optim.schedule": "wsd", "distill.optim.vision_lr": 0.1,
+    "reflect.share": 0.1, "reflect.samples": 400, "reflect.budget": 200, "reflect.optim.steps": 150,
+    "reflect.optim.batch_size": 5, "reflect.optim.questions_per_image": 5, "reflect.optim.lr": 1e-3,
+    "reflect.optim.vision_lr": 0.1, "reflect.optim.coordinate_weight": 4,
 }  # fmt: skip
 # Plain M-RoPE and the true answers alone, so that what comes out is what plain transformers runs.
 FINETUNE: dict[str, Any] = {

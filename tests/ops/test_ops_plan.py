@@ -88,7 +88,7 @@ def test_without_gpus_memory_is_a_workers_and_nothing_is_priced() -> None:
     assert row["total"] < 1e9
     # The images of longer training fill the worker's cache, up to all of them.
     long = stage(planned(TINY, "sft.steps=25000"), "teacher")["memory"]["images"]
-    assert row["memory"]["images"] < long < 2 * row["memory"]["images"]
+    assert row["memory"]["images"] < long < 3 * row["memory"]["images"]
 
 
 def test_measurements_take_the_place_of_guesses() -> None:
