@@ -86,9 +86,6 @@ BENCHES = (
     Bench("prepare", ("--records", "5000", "--rounds", "1"), (
         Number("prepare of twice the records, times the time", r"records take ([\d.]+) times", False, False),
     )),
-    Bench("reads", (), (
-        Number("prepared records, times Ray Data's newer reader", r"^clinkd's read.* ([\d.]+)x$", True),
-    )),
     Bench("teacher_cache_forms", (), ()),
     Bench("plan", (), ()),
     Bench("sweep", ("--separate", "1", "data.phantoms=400", "guide.steps=60", "sft.steps=120",

@@ -24,7 +24,7 @@ import torch
 
 from clinkd.data.boxes import to_qwen
 from clinkd.data.correction import correction_prompt
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.model import presets
 from clinkd.model.chat import encode

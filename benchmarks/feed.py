@@ -1,6 +1,6 @@
 """Images a second into a training process: the feed against a torch DataLoader, on the same cores.
 
-    python benchmarks/feed.py [--images N] [--size PX] [--rounds N] [--workers N] [--batch N] [--actors]
+    python benchmarks/feed.py [--images N] [--size PX] [--rounds N] [--workers N] [--batch N]
 
 Both sides read the same prepared shards and give the same batches: decoded, resized and cut as Qwen2-VL's
 image processor does (pixel limits of the released inference: 256*28*28 .. 1280*28*28), tokenized and
@@ -29,7 +29,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, value in (("images", 768), ("size", 512), ("rounds", 3), ("workers", 2), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--actors", action="store_true", help="measure actors in the place of tasks too")
     chosen = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # unset, ray.init leaves a token in the home folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -65,10 +64,8 @@ def prepared(images: int, size: int, folder: Path) -> tuple[Path, Path]:
 def measure(data: Path, model: Path, chosen: argparse.Namespace) -> None:
     sides: dict[str, Callable[[], Iterator[Any]]] = {
         f"torch DataLoader, {chosen.workers} workers": loader_side(data, model, chosen),
-        f"feed, {chosen.workers} tasks": feed_side(data, model, chosen, actors=False),
+        f"feed, {chosen.workers} tasks": feed_side(data, model, chosen),
     }
-    if chosen.actors:
-        sides[f"feed, {chosen.workers} actors"] = feed_side(data, model, chosen, actors=True)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(chosen.rounds + 1):
         for name, batches in sides.items():
@@ -140,40 +137,38 @@ def loader_side(data: Path, model: Path, chosen: argparse.Namespace) -> Callable
     return lambda: iter(loader)
 
 
-def feed_side(
-    data: Path, model: Path, chosen: argparse.Namespace, actors: bool
-) -> Callable[[], Iterator[Any]]:
-    """One turn of each record, as the other side has it: plan, tasks, object store, pixel values."""
-    import dataclasses
-
+def feed_side(data: Path, model: Path, chosen: argparse.Namespace) -> Callable[[], Iterator[Any]]:
+    """One turn of each record, as the other side has it: sampler, tasks, object store, pixel values."""
+    import numpy as np
+    import pyarrow as pa
     import torch
 
-    from clinkd.data.feed import Resources, Shards, build_index
-    from clinkd.data.plan import PlanOptions
+    from clinkd.data.feed import Resources, order_of, stream
+    from clinkd.data.index import RecordIndex, build_index
+    from clinkd.data.sampler import BatchSampler, Position, SamplerOptions
+    from clinkd.data.shards import Shards
     from clinkd.model.pixels import Numbers, load_processor
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.batches import BatchSpec
-    from clinkd.train.feed import Stream, StreamSpec
+    from clinkd.train.feed import InTask
 
-    batch = BatchSpec(str(model), RopeGuidance(), packed=False)
-    index = build_index(Shards.of(data), "train", batch.measure)
-    index = dataclasses.replace(index, lengths=[lengths[:1] for lengths in index.lengths])
-    path = index.write(model / f"index-{actors}.arrow")
-    spec = StreamSpec(
-        batch, PlanOptions(0, chosen.batch), str(path), Shards.of(data),
-        Resources(chosen.workers, 0.5, actors),
-    )  # fmt: skip
+    maker, shards = BatchSpec(str(model), RopeGuidance()), Shards.of(data)
+    table = build_index(shards, "train").table
+    at = table.column_names.index("turns")
+    one = RecordIndex(table.set_column(at, "turns", pa.array(np.ones(len(table), np.int32))))
+    sampler = BatchSampler(one, SamplerOptions(0, chosen.batch), lanes=1)
     numbers = Numbers(load_processor(str(model)))
     epochs = iter(range(10**6))
 
     def batches() -> Iterator[Any]:
         epoch = next(epochs)
-        state = {"epoch": epoch, "past": []}
-        for arrays in Stream(spec, 0, 1, spec.rounds(epoch, 1), state):
+        places = [Position(epoch, number) for number in range(sampler.rounds(epoch))]
+        orders = (order_of(one, sampler.batch(place, 0), 0) for place in places)
+        for arrays in stream(orders, shards, InTask(maker), Resources(chosen.workers, 0.5)):
             pixels = numbers(arrays["pixels"], arrays["channels"], arrays["image_grid_thw"])
             copies = {
                 name: torch.from_numpy(arrays[name].copy())
-                for name in ("input_ids", "labels", "position_ids")
+                for name in ("input_ids", "labels", "attention_mask")
             }
             yield copies | {"pixel_values": pixels, "image_grid_thw": arrays["image_grid_thw"]}
 

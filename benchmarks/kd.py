@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -126,9 +127,11 @@ def keep(
         own = {column: values[first : first + count].tobytes() for column, values in columns.items()}
         rows.append(light | {"key": name, "tokens": count} | own)
         first += count
-    store.open(None if form.name == "topk" else head, {})
+    store.open({})
+    if form.name != "topk":
+        store.keep_head(head)
     store.write(rows, form.columns)
-    write_index(folder, [(name, "rc", name) for name in names], store, form)
+    write_index(folder, pa.table({"sample": names, "task": ["rc"] * len(names), "key": names}), store, form)
     return TeacherCache(folder)
 
 
@@ -192,9 +195,7 @@ def loss_error(found: DistillLoss, wanted: DistillLoss) -> float:
     return max(abs(one.item() - other.item()) / abs(other.item()) for one, other in pairs)
 
 
-def measured(
-    sides: dict[str, Callable[[], Any]], rounds: int, device: str
-) -> dict[str, tuple[float, float]]:
+def measured(sides: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
     """Median seconds of each side, by the clock and of CPU; sides alternate, the first round is dropped."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):

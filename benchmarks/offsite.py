@@ -52,7 +52,7 @@ def main() -> None:
 
 def measure(folder: Path, store: str, chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     import ray
-    from phantom_task import phantom_table, task, write_model
+    from phantom_task import phantom_table, task, write_model, write_shards
 
     from clinkd import cluster
     from clinkd.config import ComputeSection, OptimSection
@@ -70,8 +70,10 @@ def measure(folder: Path, store: str, chosen: argparse.Namespace) -> dict[str, l
     ray.cloudpickle.register_pickle_by_value(sys.modules["phantom_task"])
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
-    def make(rows: Any, scratch: Path) -> Any:
-        return task(table, model, scratch)
+    data = write_shards(table, folder / "data")
+
+    def make() -> Any:
+        return task(data, model, folder, 5, 5)
 
     with Crew(compute, folder / "crew") as crew:
         for turn in range(2 * chosen.rounds + 1):
@@ -85,7 +87,7 @@ def measure(folder: Path, store: str, chosen: argparse.Namespace) -> dict[str, l
                 store=f"{store}/{turn}" if side == "copied" else None,
             )  # fmt: skip
             begun = time.perf_counter()
-            crew.fit(job, None)
+            crew.fit(job)
             whole = time.perf_counter() - begun
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             if turn:

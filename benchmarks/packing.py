@@ -5,7 +5,7 @@ longest.
 
 Both sides train the tiny model of configs/tiny.yaml (forward and backward of the supervised loss) on the
 same phantoms' samples, one turn each, made by the same code, images included; --questions of them share
-an image. The padded side takes --batch images at a time as the table does: in the order of the plan, one
+an image. The padded side takes --batch images at a time padded, in the order of the sampler, one
 sequence each. What counts are tokens that are no padding. Rounds alternate; a first step of each side is
 not counted; the ratios are of the medians, by the clock and by this process's CPU seconds, which other
 work on the machine disturbs less. Batches are made beforehand.
@@ -91,16 +91,17 @@ def prepared(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
 
     from clinkd.config import load_config
     from clinkd.data.boxes import to_qwen
-    from clinkd.data.feed import Resources, Shards, build_index
+    from clinkd.data.feed import Resources
+    from clinkd.data.index import build_index
     from clinkd.data.phantoms import PhantomSpec
-    from clinkd.data.plan import PlanOptions
     from clinkd.data.prepare import prepare
-    from clinkd.data.shards import samples
+    from clinkd.data.sampler import SamplerOptions
+    from clinkd.data.shards import Shards, samples
     from clinkd.model.presets import TinySize, write_new_model
     from clinkd.model.rope import RopeGuidance
     from clinkd.train.batches import BatchSpec
-    from clinkd.train.feed import StreamSpec, StreamTask
-    from clinkd.train.tasks import VqaSpec
+    from clinkd.train.feed import FeedSpec, Share
+    from clinkd.train.tasks import SupervisedTask, VqaSpec
 
     config = load_config(Path(__file__).parent.parent / "configs" / "tiny.yaml")
     prepare(PhantomSpec(images=chosen.images), folder / "data", test_fraction=0.02)
@@ -118,18 +119,18 @@ def prepared(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     sides: dict[str, Any] = {}
     for name, tokens, batch in (("padded", None, chosen.batch), ("packed", chosen.tokens, chosen.sequences)):
         made = BatchSpec(vqa.model, vqa.guidance, packed=tokens is not None)
-        index = build_index(shards, "train", made.measure)
+        index = build_index(shards, "train").measured(made.measure, shards)
         path = index.write(folder / f"{name}.arrow")
-        spec = StreamSpec(
-            made, PlanOptions(0, batch, tokens, chosen.questions, window=4), str(path), shards, Resources()
-        )
-        task = StreamTask(vqa, spec)
+        options = SamplerOptions(0, batch, chosen.questions, tokens)
+        task = SupervisedTask(vqa, FeedSpec(made, options, str(path), shards, Resources(tasks=0)))
+        rounds = task.source.sampler(1).rounds(0)
         sides[name] = [
             {"inputs": inputs, "tokens": int((inputs["input_ids"] != task.tokenizer.pad_token_id).sum())}
-            for inputs, _, _ in task.feed(0, 1, spec.rounds(0, 1), None, torch.device("cpu"))
+            for inputs, *_ in task.feed(Share(1, 1, (0,), 0, rounds, rounds), torch.device("cpu"))
         ]
         sides["module"] = task.build()
-    return sides, [length for lengths in index.lengths for length in lengths]
+    assert index.lengths is not None
+    return sides, index.lengths.tolist()
 
 
 def step(module: Any, batch: dict[str, Any]) -> None:

@@ -1,21 +1,11 @@
-"""A training task on phantoms without preparing shards, for teacher_cache_forms.py and train_step.py."""
+"""A training task on phantoms without preparing them, for train_step.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-
-@dataclass
-class Rows:
-    """What a task asks of Ray's dataset, of a table in memory."""
-
-    table: Any
-
-    def iter_batches(self, **kwargs: Any) -> Iterator[Any]:
-        yield self.table
 
 
 def phantom_table(images: int) -> Any:
@@ -44,12 +34,34 @@ def write_model(table: Any, size: Any, out: Path) -> Path:
     return write_new_model(texts, size, out, vocab_size=1024, seed=0)
 
 
-def task(table: Any, model: Path, scratch: Path) -> Any:
-    """The supervised task, all of the model training."""
+def write_shards(table: Any, folder: Path) -> Path:
+    """The table as prepared data of one shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clinkd.data.shards import schema
+
+    empty = {"more_images": [], "more_png": [], "split": "train", "image": "", "modality": "ct"}
+    rows = pa.Table.from_pylist([empty | row for row in table.to_pylist()], schema())
+    (folder / "shards").mkdir(parents=True)
+    pq.write_table(rows, folder / "shards" / "part-00000.parquet", row_group_size=64)
+    (folder / "manifest.json").write_text(json.dumps({"shards": [{"name": "part-00000.parquet"}]}))
+    return folder
+
+
+def task(data: Path, model: Path, scratch: Path, batch: int, per_group: int) -> Any:
+    """The supervised task over prepared data, all of the model training."""
+    from clinkd.data.feed import Resources
+    from clinkd.data.index import build_index
+    from clinkd.data.sampler import SamplerOptions
+    from clinkd.data.shards import Shards
     from clinkd.model.rope import RopeGuidance
+    from clinkd.train.batches import BatchSpec
+    from clinkd.train.feed import FeedSpec
     from clinkd.train.tasks import SupervisedTask, VqaSpec
 
-    scratch.mkdir(parents=True, exist_ok=True)
-    return SupervisedTask(
-        Rows(table), scratch, VqaSpec(str(model), RopeGuidance(2.0, 2.0), train_vision=True)
-    )
+    spec, shards = VqaSpec(str(model), RopeGuidance(2.0, 2.0), train_vision=True), Shards.of(data)
+    index = build_index(shards, "train").write(scratch / "index.arrow")
+    options = SamplerOptions(0, batch, per_group)
+    maker = BatchSpec(spec.model, spec.guidance)
+    return SupervisedTask(spec, FeedSpec(maker, options, str(index), shards, Resources(tasks=0)))

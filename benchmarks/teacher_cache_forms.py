@@ -70,7 +70,7 @@ def learned(chosen: argparse.Namespace) -> tuple[list[tuple[Any, Any]], Any, tup
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from clinkd.data.boxes import to_qwen
-    from clinkd.data.ingest import decode
+    from clinkd.data.images import decode
     from clinkd.model.clinkd_qwen2vl import load_model
     from clinkd.model.presets import TinySize, write_new_model
 

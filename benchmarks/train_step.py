@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--zero N ...] [--steps N] [--warm N] [--rounds N] [--threads N]
 
-Both sides train the same model (text of 4 layers x 256; phantoms) on the same batches of the same ledger in
+Both sides train the same model (text of 4 layers x 256; phantoms) on the same batches of the same sampler in
 the same order, with torch's AdamW, the same groups, clipping and schedule, on one process with as many
 threads. Ours is ``clinkd.train.crew.Crew`` with one worker, for each ZeRO stage; the bare loop runs in a
 process of its own, without Ray or DeepSpeed, and makes its batches with the same task. Ray is started before
@@ -97,7 +97,6 @@ def options(chosen: argparse.Namespace) -> Any:
 def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> None:
     """The stage as the project runs it, its worker's steps timed."""
     import phantom_task
-    import ray.data
     import step_times
     from ray import cloudpickle
 
@@ -117,16 +116,13 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
     )
     model, zero = out.parent / "model", int(side.split()[1])
 
-    def make_task(rows: Any, scratch: Path) -> Any:
+    data, optim = phantom_task.write_shards(table, out / "data"), options(chosen)
+
+    def make_task() -> Any:
         from clinkd.train import loop
 
         loop.Worker = timed_worker(loop.Worker, out)  # type: ignore[misc]  # run_job makes one next
-        return phantom_task.task(rows_of(rows), model, scratch)
-
-    def rows_of(rows: Any) -> Any:
-        import pyarrow as pa
-
-        return pa.concat_tables(rows.iter_batches(batch_format="pyarrow", batch_size=None))
+        return phantom_task.task(data, model, out, optim.batch_size, optim.questions_per_image)
 
     job = TrainJob(
         "bench", make_task, options(chosen), compute, zero, chosen.warm + chosen.steps, seed=0, out=str(out),
@@ -134,7 +130,7 @@ def run_ours(chosen: argparse.Namespace, table: Any, out: Path, side: str) -> No
     )  # fmt: skip
     cluster.connect(workers=1, cpus_per_worker=chosen.threads)
     with Crew(compute, out / "crew") as crew:
-        crew.fit(job, ray.data.from_arrow(table))
+        crew.fit(job)
     cluster.disconnect()
 
 
@@ -144,14 +140,15 @@ def run_bare(chosen: argparse.Namespace, table: Any, out: Path) -> None:
     import torch
 
     from clinkd.train.engine import learning_rate, parameter_groups
-    from clinkd.train.ledger import Ledger
+    from clinkd.train.feed import Share
 
     os.setsid()  # as Ray's workers: Linux may share cores out by session
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     optim, total, times = options(chosen), chosen.warm + chosen.steps, Times()
-    task = phantom_task.task(table, out.parent / "model", out / "scratch")
-    ledger = Ledger(task.turn_counts(), optim.questions_per_image, 0)
+    data = phantom_task.write_shards(table, out / "data")
+    task = phantom_task.task(data, out.parent / "model", out, optim.batch_size, optim.questions_per_image)
+    feed = task.feed(Share(1, 1, (0,), 0, total, total), torch.device("cpu"))
     module = task.build()
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -162,9 +159,7 @@ def run_bare(chosen: argparse.Namespace, table: Any, out: Path) -> None:
         for step in range(total):
             with times.step():
                 with times.part("batch"):
-                    inputs, tokens = task.batch(
-                        ledger.take(step * optim.batch_size, optim.batch_size), step, total
-                    )
+                    inputs, tokens, *_ = next(feed)
                 with times.part("forward"):
                     loss = module(**inputs)["loss"] / tokens
                 with times.part("backward"):

@@ -345,6 +345,7 @@ def _explain(error: Exception, debug: bool) -> int:
     from clinkd.artifacts import ArtifactBusy
     from clinkd.config import ConfigError
     from clinkd.data.shards import DataError
+    from clinkd.train.crew import TrainingFailed
 
     if hasattr(error, "format_message"):  # a usage error of typer
         lines = [" ".join(error.format_message().split()) or "no command given; see clinkd --help"]
@@ -353,6 +354,9 @@ def _explain(error: Exception, debug: bool) -> int:
             getattr(error, "cause", None) or error
         )  # what a Ray task raised comes wrapped, traceback and all
         lines = str(cause).splitlines()
+    elif isinstance(error, TrainingFailed):
+        typer.echo(f"error: {error}", err=True)
+        return 1
     else:
         return _unexpected(error, debug)
     if debug:

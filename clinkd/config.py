@@ -66,34 +66,26 @@ class DataSection(Section):
 
 
 class FeedSection(Section):
-    """How training samples reach the workers of the stage teacher; the other stages read a table."""
+    """How training samples reach the workers, in every stage that trains."""
 
-    mode: Literal["table", "stream"] = Field(
-        "table",
-        description="table: all records in a file on each node; stream: drawn from the shards in training, "
-        "for data that no node can hold",
-    )
     pack_tokens: int | None = Field(
         None,
         ge=64,
-        description="stream: samples share sequences of at most so many tokens, counted by batch_size; "
-        "none: a sequence each, padded",
+        description="samples share sequences of at most so many tokens, counted by batch_size; none: a "
+        "sequence each, padded",
     )
     conversations: bool = Field(
-        False, description="stream: all turns of a record as one conversation, not each turn for itself"
+        False, description="all turns of a record as one conversation, not each turn for itself"
     )
-    window: int = Field(
-        4, ge=1, description="stream: row groups (of 64 records) that are read and shuffled together"
+    window_mib: int = Field(
+        64, ge=1, description="MiB of images that are read and shuffled together; a row group at least"
     )
-    tasks: int = Field(
-        2, ge=1, description="stream: tasks that decode and pack at one time for each training worker"
+    tasks: int | None = Field(
+        None,
+        ge=0,
+        description="Ray Data tasks that decode and pack at one time for each training worker; 0: the worker "
+        "does it; none: 2 beside GPUs, 0 on CPUs",
     )
-
-    @model_validator(mode="after")
-    def _streamed(self) -> FeedSection:
-        if self.mode == "table" and (self.pack_tokens is not None or self.conversations):
-            raise ValueError("pack_tokens and conversations need mode: stream")
-        return self
 
 
 class RopeSection(Section):
@@ -283,6 +275,16 @@ class RunConfig(Section):
                     f"{name}.muon_lr={optim.muon_lr:g}: ZeRO stage {stage} cuts matrices apart. "
                     "Set compute.zero_stage=0, or muon_lr=null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _online_sees_single_answers(self) -> RunConfig:
+        if self.distill.teacher == "online" and (self.feed.pack_tokens or self.feed.conversations):
+            key = "pack_tokens" if self.feed.pack_tokens else "conversations"
+            raise ValueError(
+                f"feed.{key}: distill.teacher=online samples an answer to each question by itself; take "
+                f"distill.teacher=cache, or leave feed.{key} out"
+            )
         return self
 
     @property

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ending
+import hypothesis
 import pytest
 from small_run import CONFIG, SMALL, here
 
 # For the S3 server on loopback; set before Ray starts, whose workers inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+
+# An example that imports torch, or meets a busy machine, is no slower code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """How many small faults in a module its own tests find: mutants made by cosmic-ray, survivors shown.
 
     pip install --target .venv/mutants cosmic-ray==8.7.0
-    python tests/mutants.py [rope losses ledger protocol judge] [--drawn 60] [--seed 0]
+    python tests/mutants.py [rope losses sampler protocol judge] [--drawn 60] [--seed 0]
 
 Works on a copy of the committed tree. Of a module's mutants --drawn are drawn by --seed; unions in
 annotations, which nothing evaluates, are left out. A module takes from 5 minutes to half an hour.
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "rope": ("clinkd/model/rope.py", "tests/model/test_rope.py"),
     "losses": ("clinkd/distill/losses.py", "tests/distill/test_losses.py"),
-    "ledger": ("clinkd/train/ledger.py", "tests/train/test_ledger.py"),
+    "sampler": ("clinkd/data/sampler.py", "tests/data/test_sampler.py"),
     "protocol": ("clinkd/evaluate/protocol.py", "tests/evaluate/test_protocol.py"),
     "judge": ("clinkd/reflect/judge.py", "tests/reflect/test_judge.py"),
 }

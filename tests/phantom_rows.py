@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 
 
@@ -22,7 +19,8 @@ def phantom_row(spec: PhantomSpec, number: int, trusted: bool = True) -> dict[st
         {"task": turn.task, "question": turn.question, "answer": turn.answer, "trusted": trusted}
         for turn in record.turns
     ]
-    shown = {"id": f"p{number}", "image": f"p{number}.png", "modality": record.modality}
+    size = {"width": spec.size, "height": spec.size}
+    shown = size | {"id": f"p{number}", "image": f"p{number}.png", "modality": record.modality}
     return shown | {"png": buffer.getvalue(), "more_png": [], "turns": turns}
 
 
@@ -34,18 +32,3 @@ def phantom_model(spec: PhantomSpec, folder: Path, layers: int) -> Path:
     texts = [turn[key] for row in rows for turn in row["turns"] for key in ("question", "answer")]
     size = TinySize(hidden=64, layers=layers, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
     return Path(write_new_model(texts, size, folder, vocab_size=400, seed=0))
-
-
-def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """As Ray Data hands rows to an actor."""
-    return {key: [one[key] for one in rows] for key in rows[0]}
-
-
-class Rows:
-    """Rows as a training worker is dealt them, without Ray."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.table = pa.Table.from_pylist(rows)
-
-    def iter_batches(self, **_: Any) -> Iterator[Any]:
-        yield self.table

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from clinkd.data.shards import DataError
+from clinkd.data.reading import Questions
+from clinkd.data.shards import Shards
 from clinkd.progress import Progress
 from clinkd.stages.asking import PART, Desks
 
@@ -22,28 +24,25 @@ class Told:
         self.asked: list[tuple[int, int]] = []
         self.most = most
 
-    def answers(self, spec: Any, parts: Any) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    def answers(self, spec: Any, shards: Any, parts: Any) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         for number, records, seed in parts:
             if len(self.asked) == self.most:
                 raise KeyboardInterrupt
             self.asked.append((number, seed))
-            yield number, [{"sample": record["id"], "seed": seed} for record in records]
+            yield number, [{"sample": f"r{wanted.place.row:03d}", "seed": seed} for wanted in records]
 
 
 NAMES = [f"r{number:03d}" for number in range(2 * PART + 3)]
 
 
-def ask(folder: Path, pool: Told, names: list[str] = NAMES, missing: str = "") -> list[dict[str, Any]]:
+def ask(folder: Path, pool: Told, count: int = len(NAMES)) -> list[dict[str, Any]]:
     desks = Desks(1, Progress(stream=io.StringIO()))
     desks._pool = pool  # type: ignore[assignment]
-
-    def rows(wanted: list[str]) -> Iterator[dict[str, Any]]:
-        yield from ({"id": name} for name in reversed(wanted) if name != missing)  # in any order
-
-    return desks.ask(None, names, rows, folder, "test", 100)  # type: ignore[arg-type]
+    place = np.array([(0, 0, row) for row in range(count)], np.int32).reshape(-1, 3)
+    return desks.ask(None, Questions(Shards((), ()), place), folder, "test", 100)  # type: ignore[arg-type]
 
 
-def test_every_record_is_asked_once_in_parts_that_follow_from_the_names(tmp_path: Path) -> None:
+def test_every_record_is_asked_once_in_parts_that_follow_from_the_order(tmp_path: Path) -> None:
     pool = Told()
     found = ask(tmp_path, pool)
     assert [row["sample"] for row in found] == NAMES
@@ -70,8 +69,5 @@ def test_a_part_that_is_half_written_does_not_count(tmp_path: Path) -> None:
     assert part.read_text() == lines and json.loads(lines.splitlines()[0])["sample"] == NAMES[PART]
 
 
-def test_a_record_that_never_comes_is_an_error_with_the_rest_kept(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 of the records"):
-        ask(tmp_path, Told(), missing=NAMES[0])
-    assert len(list(tmp_path.glob("part-*.jsonl"))) == 2
-    assert ask(tmp_path, Told(), names=[]) == []
+def test_of_nothing_nothing_is_asked(tmp_path: Path) -> None:
+    assert ask(tmp_path, Told(), 0) == []

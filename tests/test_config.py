@@ -94,10 +94,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         assert (config.compute.zero_stage, config.compute.precision) == (3, "bf16")
 
 
-def test_what_only_a_stream_can_do_is_refused_of_a_table(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pack_tokens and conversations need mode: stream"):
-        load_config(write(tmp_path, "feed: {pack_tokens: 512}\n"))
-    assert load_config(write(tmp_path, "feed: {mode: stream, pack_tokens: 512}\n")).feed.pack_tokens == 512
+def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"feed.pack_tokens: distill.teacher=online samples an answer to"):
+        load_config(write(tmp_path, "feed: {pack_tokens: 512}\ndistill: {teacher: online}\n"))
+    assert load_config(write(tmp_path, "feed: {pack_tokens: 512}\n")).feed.pack_tokens == 512
     with pytest.raises(ConfigError, match=r"min_pixels \(9\) is above max_pixels \(4\)"):
         load_config(write(tmp_path, "model: {min_pixels: 9, max_pixels: 4}\n"))
 

@@ -14,9 +14,11 @@ from phantom_rows import phantom_model
 from clinkd.config import ConfigError, RunConfig
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.prepare import prepare
+from clinkd.data.reading import Records
+from clinkd.data.shards import Shards
 from clinkd.evaluate.predict import Answerer, PredictSpec
 from clinkd.progress import Progress
-from clinkd.stages.asking import Desks, Records
+from clinkd.stages.asking import Desks
 from clinkd.stages.outcome import validate
 
 PHANTOMS = PhantomSpec(64, size=112)
@@ -42,9 +44,12 @@ class Knowing:
     def __init__(self, task: str | None) -> None:
         self.task = task
 
-    def answers(self, spec: PredictSpec, parts: Any) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        answerer = Answerer(spec)
-        for number, records, _ in parts:
+    def answers(
+        self, spec: PredictSpec, shards: Shards, parts: Any
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        answerer, read = Answerer(spec), Records(shards, 1 << 20)
+        for number, wanted, _ in parts:
+            records = [read.record(one) for one in wanted]
             rows = sorted(answerer.answer(records), key=lambda row: row["sample"])
             for row in rows:
                 row["responses"] = [row["annotation"] if self.task in (None, row["task"]) else "nothing"]
@@ -54,10 +59,12 @@ class Knowing:
 
 def scored(data: Path, model: Path, task: str | None, *metrics: str) -> dict[str, float]:
     config = RunConfig.model_validate({"rope": {"mode": "none"}, "evaluate": {"max_new_tokens": 2}})
-    run: Any = SimpleNamespace(config=config, done={"prepare": SimpleNamespace(path=data)})
+    run: Any = SimpleNamespace(
+        config=config, done={"prepare": SimpleNamespace(path=data, fingerprint="")}, indices={}
+    )
     desks = Desks(1, Progress(stream=io.StringIO()))
     desks._pool = Knowing(task)  # type: ignore[assignment]
-    return validate(run, model, 400, desks, Records(data, 2), metrics or ("score",))
+    return validate(run, model, 400, desks, metrics or ("score",))
 
 
 @pytest.mark.slow

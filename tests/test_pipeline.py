@@ -98,7 +98,7 @@ def positions(runs: Path, mode: str) -> list[torch.Tensor]:
     """[3, L] of the test questions, with the run's model and scores."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from clinkd.data.ingest import decode
+    from clinkd.data.images import decode
     from clinkd.data.scores import FILE, Scores
     from clinkd.data.shards import iter_rows
     from clinkd.model.chat import encode

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from clinkd.data.lookup import Lookup
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -116,24 +118,24 @@ class Scores:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self._rows: dict[str, int] = {}
+        self._rows: Lookup | None = None
         if path is None:
             return
         import pyarrow.parquet as pq
 
         table = pq.read_table(path).combine_chunks()
-        self._rows = {sample: row for row, sample in enumerate(table.column("sample").to_pylist())}
+        self._rows = Lookup(table.column("sample"))
         self._alignment = table.column("alignment").to_numpy()
         self._lists = {name: _flat(table.column(name)) for name in ("relevance", "rows", "columns")}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return 0 if self._rows is None else len(self._rows)
 
     def __getitem__(self, sample: str) -> Score:
         """Raises KeyError with what to do about it, for a sample that was never scored."""
-        if sample not in self._rows:
+        row = -1 if self._rows is None else int(self._rows.rows([sample])[0])
+        if row < 0:
             raise KeyError(f"scores: the guide never scored sample {sample}; its scores belong to other data")
-        row = self._rows[sample]
         found = {name: values[ends[row] : ends[row + 1]] for name, (values, ends) in self._lists.items()}
         grids = zip(found["rows"].tolist(), found["columns"].tolist(), strict=True)
         return Score(float(self._alignment[row]), found["relevance"], tuple(grids))

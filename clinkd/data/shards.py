@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from clinkd import storage
 from clinkd.data.records import sample_id
 
 MANIFEST, SHARDS, QUARANTINE = "manifest.json", "shards", "quarantine.jsonl"
+LOOKED_AT_ONCE = 8
+"""Shards that are looked at by as many threads, which wait for their storage most of the time."""
 LIGHT = ["id", "image", "modality", "split", "width", "height", "turns", "more_images"]
 
 
@@ -102,6 +106,35 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is no whole Parquet file ({text}): run `clinkd prepare` again") from None
     with file:
         yield file
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of prepared data, and the S3 endpoint that leads to them; travels to the workers by value."""
+
+    paths: tuple[str, ...]
+    stamps: tuple[str | None, ...]  # of the files, when the command began
+    endpoint: str | None = None
+
+    @classmethod
+    def of(cls, data: str | Path) -> Shards:
+        """Raises DataError like ``shard_paths``."""
+        paths = [storage.absolute(path) for path in shard_paths(data)]
+        with ThreadPoolExecutor(LOOKED_AT_ONCE) as threads:
+            stamps = tuple(threads.map(storage.stamp, paths))
+        return cls(tuple(map(str, paths)), stamps, storage.endpoint())
+
+    def open(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """The ParquetFile of a shard.
+
+        Raises:
+            DataError: like ``open_parquet``; or it is not the file that the command began with.
+        """
+        storage.configure(self.endpoint)
+        path = storage.locate(self.paths[number])
+        if storage.stamp(path) != self.stamps[number]:
+            raise DataError(f"{path} was changed since this command began: run it again")
+        return open_parquet(path)
 
 
 def row_count(path: Path) -> int:

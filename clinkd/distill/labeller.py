@@ -3,23 +3,28 @@
 Decisions:
 - Turns go through the teacher in batches of like length; an image passes the vision tower once, however many
   turns ask about it.
-- A sample that the store knows costs its key alone. What is new becomes one part, written by the actor
-  itself: rows never pass through the driver.
+- An actor reads the records that it is given itself. A sample that the store knows costs its key alone. What
+  is new becomes parts of ``PART_BYTES``, written by the actor: rows never pass through the driver.
 - Turns whose truth the student may not see carry the teacher's own answer, the surest of ``best_of``
   (``pseudo``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clinkd import storage
+from clinkd.data.lookup import Lookup
 from clinkd.data.records import sample_id
 from clinkd.distill.forms import Form
 from clinkd.distill.pseudo import Candidate, choose, is_hidden
-from clinkd.distill.teacher_cache import Store, sample_key
+from clinkd.distill.teacher_cache import Part, Store, sample_key
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class LabelSpec:
     min_pixels: int | None = None
     max_pixels: int | None = None
     endpoint: str | None = None  # of an S3 that is not Amazon's
+
+    def store(self) -> Store:
+        return Store(self.root, self.key)
 
 
 @dataclass
@@ -74,31 +82,49 @@ class Labeller:
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
         storage.configure(spec.endpoint)
-        self.store = Store(spec.root, spec.key)
-        self.known = self.store.known()
+        self.store = spec.store()
+        if spec.form.name != "topk":
+            self.store.keep_head(self.model.lm_head.weight)
+        self.known = Lookup(self.store.known())
         self.passes = 0
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Ray Data's batch of records to one row per sample: ``sample, task, key``.
+    def tables(self, batches: Iterable[list[dict[str, Any]]]) -> Iterator[pa.Table]:
+        """Records to a row for each sample: ``sample, task, key``; see ``data.pieces.Work``.
 
         ``new`` says whether the teacher was asked about it, ``passes`` (on the first row) how often it ran.
         """
-        from clinkd.data.ingest import pngs
+        part = Part(self.store, self.spec.form.columns)
+        found = [self._labelled(records, part) for records in batches]
+        part.write()
+        yield from found
 
-        records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
-        images = [pngs(record) for record in records]
+    def _labelled(self, records: list[dict[str, Any]], part: Part) -> pa.Table:
+        import pyarrow as pa
+
+        from clinkd.data.images import encoded_images
+
+        images = [encoded_images(record) for record in records]
         turns = [turn for row, record in enumerate(records) for turn in self._turns(record, row, images[row])]
-        new = {turn.key: turn for turn in turns if turn.key not in self.known}  # of twins one
+        there = self.known.rows([turn.key for turn in turns]) >= 0
+        new = {
+            turn.key: turn
+            for turn, known in zip(turns, there.tolist(), strict=True)
+            if not known and turn.key not in part.keys
+        }  # of twins one
         before = self.passes
         if new:
-            self.store.write(self._label(list(new.values()), images), self.spec.form.columns)
-            self.known |= new.keys()
+            part.add(self._label(list(new.values()), images))
         passes = [self.passes - before] + [0] * (len(turns) - 1)
-        return {
+        columns = {
             "sample": [turn.sample for turn in turns], "task": [turn.task for turn in turns],
             "key": [turn.key for turn in turns], "new": [turn.key in new for turn in turns],
             "passes": passes[: len(turns)],
         }  # fmt: skip
+        kinds = [pa.string()] * 3 + [pa.bool_(), pa.int64()]
+        return pa.table(
+            {name: pa.array(values, kind)
+             for (name, values), kind in zip(columns.items(), kinds, strict=True)}
+        )  # fmt: skip
 
     def _turns(self, record: dict[str, Any], row: int, images: list[bytes]) -> list[_Turn]:
         asking = {name: getattr(self.spec, name) for name in ("best_of", "max_new_tokens")}
@@ -151,7 +177,7 @@ class Labeller:
         """Of each record that is asked about: its images' grids [n, 3] and features [merged patches, H]."""
         import torch
 
-        from clinkd.data.ingest import decode
+        from clinkd.data.images import decode
 
         rows = list(dict.fromkeys(turn.row for turn in turns))
         found = [

@@ -51,14 +51,14 @@ class OnlineTeacher:
         self._run: Any = _shard(states, self.device, dtype) if sharded else states.to(device)
 
     @torch.no_grad()
-    def states(self, labels: Tensor, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
+    def states(self, labels: Tensor, pixel_values: Tensor, **inputs: Tensor | None) -> Tensor:
         """Last hidden states [N, Ht] that predict the N answer tokens.
 
         Args:
             labels: [B, L], not shifted; -100 where no answer stands.
             pixel_values, inputs: of ``GuidedModel.forward_hidden``.
         """
-        given = {name: value.to(self.device) for name, value in inputs.items()}
+        given = {name: None if value is None else value.to(self.device) for name, value in inputs.items()}
         pixels = pixel_values.to(self.device, self.dtype)
         found: Tensor = self._run(labels=labels.to(self.device), pixel_values=pixels, **given)
         return found

@@ -12,7 +12,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,11 @@ class Scorer:
         self.encoder = open_any(spec.encoder, "cuda" if torch.cuda.is_available() else "cpu")
         self.names = self.encoder.texts(list(spec.names))
 
-    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+    def tables(self, batches: Iterable[list[dict[str, Any]]]) -> Iterator[pa.Table]:
+        """See ``data.pieces.Work``."""
+        yield from map(self.scored, batches)
+
+    def scored(self, records: list[dict[str, Any]]) -> pa.Table:
         """One row per sample.
 
         Returns:
@@ -59,12 +63,11 @@ class Scorer:
             ``shown`` (whether each cell is what the question is about; null where no box says);
             ``regions, right`` (retrieval; of a record's first sample).
         """
-        from clinkd.data.ingest import decode, pngs
+        from clinkd.data.images import decode, encoded_images
         from clinkd.data.regions import without_boxes
         from clinkd.model.guide import pair_logits, patch_logits
 
-        records = [{key: batch[key][row] for key in batch} for row in range(len(batch["id"]))]
-        shown = [[decode(png) for png in pngs(record)] for record in records]
+        shown = [[decode(png) for png in encoded_images(record)] for record in records]
         seen = iter(self.encoder.images([image for images in shown for image in images]))
         found = [[next(seen) for _ in images] for images in shown]
         texts = self.encoder.texts(
@@ -140,22 +143,6 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
         "columns": pa.list_(pa.uint16()), "regions": pa.int64(), "right": pa.int64(),
     }  # fmt: skip
     return pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()})
-
-
-def score(
-    records: Any, spec: ScoreSpec, *, actors: int, cpus: float = 0.5, gpus: float = 0.0, batch: int = 32
-) -> Iterator[pa.Table]:
-    """Tables of :class:`Scorer` for a Ray Dataset of records.
-
-    Args:
-        cpus, gpus: what Ray sets aside for each of the actors.
-    """
-    import ray.data
-
-    yield from records.map_batches(
-        Scorer, fn_constructor_args=(spec,), batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus, num_gpus=gpus,
-    ).iter_batches(batch_format="pyarrow", batch_size=4096)  # fmt: skip
 
 
 def of_split(table: pa.Table, split: str) -> pa.Table:

@@ -70,13 +70,13 @@ class Answerer:
         Under ``likelihood`` a row has no ``responses`` but ``log_likelihood``, the sum over the ``tokens`` of
         the true answer.
         """
-        from clinkd.data.ingest import decode, pngs
+        from clinkd.data.images import decode, encoded_images
 
         seed = self.spec.seed if seed is None else seed
 
         asked = []
         for record in records:
-            images = [decode(png) for png in pngs(record)]
+            images = [decode(png) for png in encoded_images(record)]
             picture = dict(self.processor(images=images, return_tensors="pt"))
             picture["scores"] = self._scores(record, images)
             for number, turn in enumerate(record["turns"]):

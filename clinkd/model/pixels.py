@@ -145,6 +145,11 @@ class Numbers:
         self.shift = (-mean / std).float().view(1, 3, 1, 1, 1).to(device)
         self.device = device
 
+    def parts(self, pixels: np.ndarray, channels: np.ndarray, image_grid_thw: np.ndarray) -> list[np.ndarray]:
+        """The pixels of each image, as they stand in ``join``'s."""
+        values = np.where(channels > 0, channels * self.side**2, 3 * self.frames * self.side**2)
+        return np.split(pixels, np.cumsum(image_grid_thw.prod(1) * values)[:-1])
+
     def __call__(self, pixels: np.ndarray, channels: np.ndarray, image_grid_thw: np.ndarray) -> Tensor:
         """float32 [patches, 3 * frames * side * side] of all images, on the device."""
         counts = image_grid_thw.prod(1).tolist()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 2 << 30
+LIMIT = 512 << 20
 """Bytes of states that a process keeps."""
 
 Key = tuple[str, str]

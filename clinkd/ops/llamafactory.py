@@ -41,11 +41,10 @@ REASONS: dict[str, str] = {
     "cutoff_len": "samples are never cut, an answer without its end teaches nothing; model.max_pixels limits "
     "an image's tokens",
     "max_samples": "all samples are used; give a smaller file with data.source, or distill.share",
-    "packing": "only the stage teacher packs (feed.mode: stream, feed.pack_tokens), and a checkpoint by path "
-    "takes that stage's place",
+    "packing": "counts samples, not tokens; give feed.pack_tokens and a batch_size of packed sequences",
     "overwrite_cache": "artifacts are addressed by content; what changed is made anew",
     "preprocessing_num_workers": "Ray Data sizes itself by the cluster",
-    "dataloader_num_workers": "workers read prepared records from a file on their node",
+    "dataloader_num_workers": "feed.tasks says who decodes beside a worker",
     "overwrite_output_dir": "nothing is overwritten: another run.name is another run, the same one goes on",
     "logging_steps": "every step is a line of metrics.jsonl",
     "plot_loss": "the report always draws it",

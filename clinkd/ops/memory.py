@@ -173,17 +173,18 @@ def teacher_head(vocabulary: int, width: int, element: int, answers: int) -> flo
 def kept_images(
     subject: Subject, grid: tuple[int, int, int], seen: float, element: int, states: bool
 ) -> float:
-    """Bytes of images that a worker's process keeps of ``seen`` records: processed, in float32.
+    """Bytes of images that a worker's process keeps of ``seen`` records: cut, a byte a value.
 
     Args:
-        states: those of a frozen tower are kept in their place (model/tower.py), in ``element`` bytes.
+        states: those of a frozen tower are kept too (model/tower.py), in ``element`` bytes.
     """
     from clinkd.model.tower import LIMIT
-    from clinkd.train.images import KEPT, PASSING
+    from clinkd.train.batches import IMAGES_KEPT
 
     frames, rows, columns = grid
     patches, vision = frames * rows * columns, subject.config.vision_config
-    pixels = 4.0 * patches * subject.patch_values * min(seen, PASSING if states else KEPT)
+    once = subject.patch_values / vision.temporal_patch_size
+    pixels = min(float(IMAGES_KEPT), patches * once * seen)
     if not states:
         return pixels
     return pixels + min(LIMIT, element * patches * getattr(vision, "embed_dim", vision.hidden_size) * seen)
@@ -191,9 +192,9 @@ def kept_images(
 
 def kept_tokens(turns: float, length: float) -> float:
     """Bytes of turns of ``length`` tokens, prompt and answer, as a worker keeps them."""
-    from clinkd.train.tasks import ENCODED
+    from clinkd.train.batches import ENCODED_KEPT
 
-    return min(turns, ENCODED) * (4 * length + TURN)
+    return min(float(ENCODED_KEPT), turns * (16 * length + TURN))
 
 
 def distinct(records: int, dealt: float) -> float:

@@ -210,8 +210,6 @@ def _disk(look: Outlook) -> dict[str, float]:
         # Of a stage at work; they go with it.
         "checkpoints": cost.KEPT * max(states),
     }
-    if not look.gpu or config.feed.mode == "table":
-        found["records_on_each_node"] = load.records * load.image_bytes
     if config.sweep.space:
         found["trials"] = trials_wanted(config) * (models[-1] + cost.KEPT * states[-1])
     return found | {"total": sum(found.values())}
@@ -224,15 +222,12 @@ def _node(look: Outlook) -> dict[str, float]:
     """
     config, load = look.config, look.workload
     asked, workers = _asked(look), config.compute.workers
-    found = {
-        # Records pass the object store, in shared memory, on their way into each node's file.
-        "object_store": load.records * load.image_bytes,
-        "mapped_teacher_cache": asked * load.answer * _token_bytes(look),
-    }
+    found = {"mapped_teacher_cache": asked * load.answer * _token_bytes(look)}
     stages = list(look.stages())
     if look.gpu:
         kept = max(look.host_images(stage, look.steps(stage)) for stage in stages)
-        found["processed_images"] = workers * kept
+        tasks = 2 if config.feed.tasks is None else config.feed.tasks
+        found["making_batches"] = workers * max(1, tasks) * kept
     if config.compute.cpu_offload:
         found["offloaded"] = max(12.0 * stage.subject.trained for stage in stages)
     return found

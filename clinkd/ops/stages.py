@@ -168,8 +168,8 @@ class Outlook:
         return found
 
     def host_images(self, stage: Stage, steps: float) -> float:
-        """Bytes of records in a worker's process after ``steps``: images as they were read (pages of the
-        node's file), processed, or as a frozen tower's states, and the tokens of their turns.
+        """Bytes of records in a process that makes batches, after ``steps``: row groups as they were read,
+        images cut, or a frozen tower's states, and the tokens of their turns.
         """
         dealt = steps * stage.optim.batch_size * stage.optim.accumulation
         records = max(1, round(stage.share * self.workload.records))
@@ -180,7 +180,8 @@ class Outlook:
         load, length = self.workload, self.image_tokens(stage.subject) + self.workload.text
         tokens = memory.kept_tokens(seen * load.turns, length + load.answer)
         images = memory.kept_images(stage.subject, self.grid(stage.subject), seen, self.element, states)
-        return images + tokens + seen * load.image_bytes
+        window = 1.5 * (self.config.feed.window_mib << 20)
+        return images + tokens + min(window, seen * load.image_bytes)
 
     def step_flops(self, stage: Stage) -> float:
         """Of one step on all workers, forward and backward; by train/flops.py."""

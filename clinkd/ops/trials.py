@@ -75,9 +75,7 @@ def _hours(
     config = look.config
     own, once = _parts(config, rows)
     scoring = look.hours(look.answer_flops(look.student, trials * rungs * config.sweep.questions), card)
-    low, high = (
-        share * (trials * sum(row["hours"][side] for row in own) + scoring[side]) for side in (0, 1)
-    )
+    low, high = (share * (trials * sum(row["hours"][side] for row in own) + scoring[side]) for side in (0, 1))
     least, most = (sum(row["hours"][side] for row in once) for side in (0, 1))
     return (
         f"sweep: its trials take {low:.2g} to {high:.2g} hours one after the other, what they share "

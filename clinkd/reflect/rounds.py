@@ -26,21 +26,15 @@ from clinkd.reflect.similarity import TextSimilarity
 Row = dict[str, Any]
 
 
-def choose_records(turns: Sequence[tuple[str, int]], samples: int, seed: int, number: int) -> list[str]:
-    """Record ids of a round, sorted: drawn without repetition until ``samples`` turns are reached.
+def choose_records(turns: np.ndarray, samples: int, seed: int, number: int) -> np.ndarray:
+    """Records of a round, ascending: drawn without repetition until ``samples`` turns are reached.
 
     Args:
-        turns: (record id, number of turns) of the training split.
+        turns: [records] how many each has.
     """
-    rng = np.random.default_rng([seed, number])
-    chosen: list[str] = []
-    reached = 0
-    for index in rng.permutation(len(turns)):
-        if reached >= samples:
-            break
-        chosen.append(turns[index][0])
-        reached += turns[index][1]
-    return sorted(chosen)
+    order = np.random.default_rng([seed, number]).permutation(len(turns))
+    before = np.cumsum(turns[order]) - turns[order]
+    return np.sort(order[before < samples])
 
 
 def generations(options: ReflectSection, validation: int) -> dict[str, int]:
@@ -125,23 +119,9 @@ def finished(errors: Sequence[float | None], patience: int) -> bool:
     return errors[-1] is not None and len(errors) - 1 - best_round(errors) >= patience
 
 
-def correction_records(
-    wrong: Sequence[tuple[Row, Verdict]], images: Mapping[str, Sequence[bytes]]
-) -> list[Row]:
-    """Records that put each miss to the corrector: its question, the truth and the wrong answer.
-
-    Args:
-        images: all images of each record, by record id.
-    """
-    records = []
-    for row, _ in wrong:
-        turn = {"task": row["task"], "question": _prompt(row), "answer": row["annotation"], "trusted": True}
-        first, *more = images[row["sample"].rpartition("#")[0]]
-        records.append(
-            {"id": row["sample"], "image": row["image"], "modality": row["modality"], "png": first,
-             "more_png": more, "turns": [turn]}
-        )  # fmt: skip
-    return records
+def correction_turn(row: Row) -> dict[str, Any]:
+    """The turn that puts a miss to the corrector: its question, the truth and the wrong answer."""
+    return {"task": row["task"], "question": _prompt(row), "answer": row["annotation"], "trusted": True}
 
 
 def choose(

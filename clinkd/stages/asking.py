@@ -1,7 +1,7 @@
 """Questions put to a model in parts, each kept as a file as soon as it is answered.
 
 Decisions:
-- What is in a part follows from the names of what is asked alone, and a part's seed from its number: a run
+- What is in a part follows from what is asked alone, and a part's seed from its number: a run
   that was killed asks only for the parts that are missing, and what comes out is what would have come out.
 - The desks (evaluate/pool.py) stay between rounds; only on GPUs, which training wants for itself, they go.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clinkd.data.shards import DataError
+from clinkd.data.reading import Questions
 from clinkd.evaluate.pool import AnswerPool
 from clinkd.evaluate.predict import PredictSpec
 from clinkd.progress import Progress
@@ -23,23 +22,6 @@ from clinkd.stages.base import Run, write_whole
 
 PART = 16
 """Records of a part."""
-
-
-class Records:
-    """Reads records of prepared data through Ray Data, and keeps the last that were asked for."""
-
-    def __init__(self, data: Path, blocks: int) -> None:
-        self.data, self.blocks = data, blocks
-        self._ids: list[str] = []
-        self._rows: list[dict[str, Any]] = []
-
-    def __call__(self, ids: list[str]) -> Iterable[dict[str, Any]]:
-        from clinkd.data.ingest import read_records
-
-        if ids != self._ids:
-            self._rows = list(read_records(self.data, ids=ids, blocks=self.blocks).iter_rows())
-            self._ids = ids
-        return self._rows
 
 
 @dataclass
@@ -88,56 +70,26 @@ class Desks:
             self._pool = None
 
     def ask(
-        self,
-        spec: PredictSpec,
-        names: list[str],
-        rows: Callable[[list[str]], Iterable[dict[str, Any]]],
-        folder: Path,
-        title: str,
-        seed: int,
+        self, spec: PredictSpec, questions: Questions, folder: Path, title: str, seed: int
     ) -> list[dict[str, Any]]:
-        """Answers about the records ``names``, all turns of them, in the order of the samples.
+        """Answers about all turns of the records, in their order.
 
         Args:
-            names: sorted.
-            rows: gives the records (with ``id``) of some of the names, in any order.
             folder: where the parts are kept.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        place = {name: number // PART for number, name in enumerate(names)}
-        files = {number: folder / f"part-{number:05d}.jsonl" for number in sorted(set(place.values()))}
-        missing = {number for number, file in files.items() if not file.is_file()}
+        count = -(-len(questions) // PART)
+        files = [folder / f"part-{number:05d}.jsonl" for number in range(count)]
+        missing = [number for number, file in enumerate(files) if not file.is_file()]
         if missing:
-            wanted = [name for name in names if place[name] in missing]
-            self.progress.start(title, len(names))
-            done = len(names) - len(wanted)
-            parts = _parts(rows(wanted), {name: place[name] for name in wanted}, seed)
-            for number, answered in self.pool().answers(spec, parts):
+            self.progress.start(title, len(questions))
+            done = PART * (count - len(missing))
+            parts = (
+                (number, questions.part(number * PART, (number + 1) * PART), seed + number)
+                for number in missing
+            )
+            for number, answered in self.pool().answers(spec, questions.shards, parts):
                 write_whole(files[number], "".join(json.dumps(row) + "\n" for row in answered))
-                done += sum(found == number for found in place.values())
-                self.progress.update(done, record=False)
-        return [json.loads(line) for file in files.values() for line in file.read_text().splitlines()]
-
-
-def _parts(
-    rows: Iterable[dict[str, Any]], place: dict[str, int], seed: int
-) -> Iterator[tuple[int, list[dict[str, Any]], int]]:
-    """(number, records, seed) of each part as soon as all its records are there.
-
-    Raises:
-        DataError: records that never came.
-    """
-    wanted: dict[int, int] = {}
-    for number in place.values():
-        wanted[number] = wanted.get(number, 0) + 1
-    held: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        number = place[row["id"]]
-        held.setdefault(number, []).append(row)
-        if len(held[number]) == wanted[number]:
-            records = sorted(held.pop(number), key=lambda record: str(record["id"]))
-            yield number, records, seed + number
-            del wanted[number]
-    if wanted:
-        missing = sum(count - len(held.get(number, [])) for number, count in wanted.items())
-        raise DataError(f"{missing} of the records asked about are not in the prepared data: prepare again")
+                done += PART
+                self.progress.update(min(done, len(questions)), record=False)
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]

@@ -30,6 +30,7 @@ from clinkd.progress import Progress, duration
 from clinkd.sinks import check_sinks, open_sinks
 
 if TYPE_CHECKING:
+    from clinkd.data.index import RecordIndex
     from clinkd.stages.forecast import Forecast
     from clinkd.train.crew import Crew
     from clinkd.train.loop import TrainJob
@@ -54,16 +55,12 @@ class Run:
     _crew: Crew | None = None
     _lent: bool = False
     _at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    indices: dict[str, RecordIndex] = field(default_factory=dict)  # of the data's splits, once looked at
     kept: dict[str, Any] = field(default_factory=dict)  # what stages share, by name
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run.root) / self.config.run.name
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that keep all model actors of a Ray Data stage at work."""
-        return 4 * self.config.compute.actors
 
     def connect(self) -> None:
         """Ray, when the first stage that is not skipped needs it."""
@@ -90,14 +87,14 @@ class Run:
             self._crew = Crew(self.config.compute, self.folder / CREW)
         return self._crew
 
-    def train(self, job: TrainJob, rows: Any) -> None:
+    def train(self, job: TrainJob) -> None:
         """Runs a training job; its workers stay for the next one where Ray is this run's own."""
         from clinkd import cluster
 
         workers = self._workers()
         stays = self._lent or cluster.started_here()
         try:
-            workers.fit(job, rows)
+            workers.fit(job)
         finally:
             if self.config.compute.gpus_per_worker:
                 workers.close()

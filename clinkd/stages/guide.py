@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, OptimSection
+from clinkd.data.reading import Questions
+from clinkd.data.shards import Shards
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import guidance, pixel_limits, start_model, teacher_rope, vqa_spec
-from clinkd.stages.training import train
+from clinkd.stages.training import Training, train
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +42,7 @@ def guide(run: Run) -> Artifact:
         "teacher": config.teacher.tiny.model_dump(),
         "path": config.teacher.path, "vision": config.model.vision.model_dump(),
         "vocab_size": config.model.vocab_size, "seed": config.run.seed,
+        "window": config.feed.window_mib,
     } | pixel_limits(config)  # fmt: skip
     if config.guide.path:
         settings["encoder"] = content_digest(Path(config.guide.path))
@@ -58,7 +62,7 @@ def guide(run: Run) -> Artifact:
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make, version=5)
+    return run.stage("guide", ["prepare"], settings, make, version=6)
 
 
 def _none(draft: Draft) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def _none(draft: Draft) -> dict[str, Any]:
 
 
 def _train(run: Run, draft: Draft) -> dict[str, Any]:
-    from clinkd.train.guide_task import GuideTask
+    from clinkd.train.guide_task import GuideBatchSpec, GuideTask
 
     options, workers = run.config.guide, run.config.compute.workers
     start = start_model(run, draft, run.config.teacher.tiny, run.config.teacher.path, run.config.run.seed)
@@ -76,7 +80,9 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
         steps=options.steps, batch_size=max(1, options.batch_size // workers), lr=options.lr, warmup=0.1,
         muon_lr=options.muon_lr, questions_per_image=1_000_000,
     )  # fmt: skip
-    return train(run, draft, "guide", optim, 0, lambda rows, scratch: GuideTask(rows, scratch, spec))
+    maker = GuideBatchSpec(spec.model, spec.min_pixels, spec.max_pixels)
+    training = Training("guide", optim, 0, whole_records=True)
+    return train(run, draft, training, maker, lambda source: GuideTask(spec, source))
 
 
 def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibration]:
@@ -115,17 +121,18 @@ def _logits(run: Run, encoder: str, names: list[str]) -> pa.Table:
     """What the encoder says of every sample, in their order; ``names``: classes that regions may have."""
     import pyarrow as pa
 
-    from clinkd.data.ingest import read_records
-    from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import ScoreSpec, score
+    from clinkd.data.index import build_index
+    from clinkd.data.pieces import work_on
+    from clinkd.evaluate.alignment import Scorer, ScoreSpec
 
-    data, compute = run.done["prepare"].path, run.config.compute
-    run.progress.start("guide: scores", sum(1 for _ in samples(data)))
+    shards, compute = Shards.of(run.done["prepare"].path), run.config.compute
+    index = build_index(shards, None)
+    run.progress.start("guide: scores", int(index.starts[-1]))
     tables: list[pa.Table] = []
     done = 0
-    records = read_records(data, blocks=run.blocks)
-    spec = ScoreSpec(encoder, tuple(names))
-    for table in score(records, spec, actors=compute.actors, gpus=compute.gpus_per_actor):
+    scorer = partial(Scorer, ScoreSpec(encoder, tuple(names)))
+    questions = Questions(shards, index.place)
+    for table in work_on(questions, scorer, actors=compute.actors, gpus=compute.gpus_per_actor):
         tables.append(table)
         done += len(table)
         run.progress.update(done, record=False)

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd import storage
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError
+from clinkd.data.reading import Questions
+from clinkd.data.shards import Shards
+from clinkd.distill.teacher_cache import write_index
 from clinkd.stages.base import Run
 from clinkd.stages.models import pixel_limits, teacher_folder
-from clinkd.stages.training import share_of, turn_counts
+from clinkd.stages.training import share_of, training_index
 
 if TYPE_CHECKING:
     from clinkd.distill.labeller import LabelSpec
@@ -43,40 +47,29 @@ def label(run: Run) -> Artifact:
         settings["student"] = run.config.model.path
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.data.ingest import read_records
-
         model = teacher_folder(run)
         spec = _spec(run, model)
-        turns = turn_counts(run)
-        chosen = share_of(list(turns), options.share, run.config.run.seed)
-        total = sum(turns[record] for record in chosen)
-        _forecast(run, model, spec, total)
-        rows = read_records(run.done["prepare"].path, ids=chosen, blocks=run.blocks)
-        samples, passes = _ask(run, spec, rows, "label", total)
-        table = _keep(spec, samples, draft.path)
-        return _counts(run, table, sum(sample[3] for sample in samples), passes)
+        index = share_of(training_index(run), options.share, run.config.run.seed)
+        _forecast(run, model, spec, int(index.starts[-1]))
+        questions = Questions(Shards.of(run.done["prepare"].path), index.place)
+        asked = _ask(run, spec, questions, "label", int(index.starts[-1]))
+        table = write_index(draft.path, asked.drop_columns(["new", "passes"]), spec.store(), spec.form)
+        return _counts(run, table, asked)
 
-    return run.stage("label", ["prepare", "teacher"], settings, make, version=2)
+    return run.stage("label", ["prepare", "teacher"], settings, make, version=3)
 
 
-def states_along_truth(run: Run, model: Path, records: list[dict[str, Any]], out: Path, title: str) -> None:
-    """What ``model`` says along the answers of ``records`` of one turn each, as a list that ``TeacherCache``
+def states_along_truth(run: Run, model: Path, questions: Questions, out: Path, title: str) -> None:
+    """What ``model`` says along the answers of records of one turn each, as a list that ``TeacherCache``
     reads; its samples are named as the records are. What the store has is not asked again.
     """
-    import ray.data
+    import pyarrow.compute as pc
 
     out.mkdir(parents=True, exist_ok=True)
     spec = replace(_spec(run, model), hidden_share=0.0)
-    rows = ray.data.from_items(records, override_num_blocks=min(run.blocks, len(records)))
-    samples, _ = _ask(run, spec, rows, title, len(records))
-    _keep(spec, [(sample[0].removesuffix("#0"), *sample[1:]) for sample in samples], out)
-
-
-def _keep(spec: LabelSpec, samples: list[tuple[str, str, str, bool]], out: Path) -> Any:
-    """Writes the list of the samples; returns its table."""
-    from clinkd.distill.teacher_cache import Store, write_index
-
-    return write_index(out, [sample[:3] for sample in samples], Store(spec.root, spec.key), spec.form)
+    asked = _ask(run, spec, questions, title, len(questions)).drop_columns(["new", "passes"])
+    names = pc.replace_substring_regex(asked.column("sample"), "#0$", "")
+    write_index(out, asked.set_column(0, "sample", names), spec.store(), spec.form)
 
 
 def _spec(run: Run, model: Path) -> LabelSpec:
@@ -133,12 +126,6 @@ def _about(spec: LabelSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _head(model: Path) -> Any:
-    from clinkd.model.clinkd_qwen2vl import load_model
-
-    return load_model(model).lm_head.weight
-
-
 def _forecast(run: Run, model: Path, spec: LabelSpec, total: int) -> None:
     """Says how large the rows will be, reckoned from some of the answers.
 
@@ -147,11 +134,10 @@ def _forecast(run: Run, model: Path, spec: LabelSpec, total: int) -> None:
     """
     from clinkd.data.shards import samples
     from clinkd.distill.labeller import answer_tokens
-    from clinkd.distill.teacher_cache import Store
 
-    store, form, width = Store(spec.root, spec.key), spec.form, _text(_config(model), "hidden_size")
-    texts = [item["answer"] for item in samples(run.done["prepare"].path, "train")]
-    some = texts[:: max(1, len(texts) // MEASURED)]
+    store, form, width = spec.store(), spec.form, _text(_config(model), "hidden_size")
+    training = samples(run.done["prepare"].path, "train")
+    some = [item["answer"] for item in islice(training, 0, None, max(1, total // MEASURED))]
     tokens = round(answer_tokens(model, some) / len(some) * total)
     size = tokens * form.token_bytes(width)
     known = len(store.parts())
@@ -178,41 +164,38 @@ def _readable(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def _ask(
-    run: Run, spec: LabelSpec, rows: Any, title: str, total: int
-) -> tuple[list[tuple[str, str, str, bool]], int]:
-    """(sample, task, key, new) of all turns of ``rows``, and how often the teacher ran."""
-    import ray.data
+def _ask(run: Run, spec: LabelSpec, questions: Questions, title: str, total: int) -> Any:
+    """A table of all turns of the records: ``sample, task, key``, whether it was ``new`` to the store, and
+    (on some rows) how often the teacher ran (``passes``)."""
+    import pyarrow as pa
 
+    from clinkd.data.pieces import work_on
     from clinkd.distill.labeller import Labeller
-    from clinkd.distill.teacher_cache import Store
 
-    exact = spec.form.name != "topk"
-    Store(spec.root, spec.key).open(_head(Path(spec.model)) if exact else None, _about(spec))
+    spec.store().open(_about(spec))
     compute = run.config.compute
     run.progress.start(title, total)
-    labelled = rows.map_batches(
-        Labeller, fn_constructor_args=(spec,), batch_size=32, num_cpus=0.5, num_gpus=compute.gpus_per_actor,
-        compute=ray.data.ActorPoolStrategy(size=compute.actors),
-    )  # fmt: skip
-    found: list[tuple[str, str, str, bool]] = []
-    passes = 0
-    for table in labelled.iter_batches(batch_format="pyarrow", batch_size=1024):
-        columns = (table.column(name).to_pylist() for name in ("sample", "task", "key", "new"))
-        found += zip(*columns, strict=True)
-        passes += sum(table.column("passes").to_pylist())
-        run.progress.update(len(found), record=False)
-    return found, passes
+    tables, done = [], 0
+    found = work_on(questions, partial(Labeller, spec), actors=compute.actors, gpus=compute.gpus_per_actor)
+    for table in found:
+        tables.append(table)
+        done += len(table)
+        run.progress.update(done, record=False)
+    return pa.concat_tables(tables)
 
 
-def _counts(run: Run, table: Any, new: int, passes: int) -> dict[str, Any]:
+def _counts(run: Run, table: Any, asked: Any) -> dict[str, Any]:
     """What was asked, learned and refused; the figures add up to the samples."""
-    ways = Counter(zip(table.column("source").to_pylist(), table.column("reason").to_pylist(), strict=True))
-    reasons = {reason: count for (_, reason), count in ways.items() if reason is not None}
-    taught = ways["teacher", None]
+    import pyarrow.compute as pc
+
+    ways = table.group_by(["source", "reason"]).aggregate([("sample", "count")]).to_pylist()
+    by_way = {(way["source"], way["reason"]): way["sample_count"] for way in ways}
+    reasons = {reason: count for (_, reason), count in by_way.items() if reason is not None}
+    taught = by_way.get(("teacher", None), 0)
     counts = {
         "samples": len(table), "truths": len(table) - taught - sum(reasons.values()), "pseudo_labels": taught,
-        "refused": sum(reasons.values()), "new": new, "teacher_passes": passes,
+        "refused": sum(reasons.values()), "new": pc.sum(asked.column("new")).as_py(),
+        "teacher_passes": pc.sum(asked.column("passes")).as_py(),
     }  # fmt: skip
     run.progress.record(stage="label", event="refused", **reasons)
     run.progress.finish(**counts)

@@ -13,20 +13,25 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, to_yaml
+from clinkd.data.index import RecordIndex
+from clinkd.data.reading import Questions
 from clinkd.progress import Progress
 from clinkd.stages import certificate
-from clinkd.stages.asking import Desks, Records
+from clinkd.stages.asking import Desks
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.guide_view import guide_samples
 from clinkd.stages.models import scores
 from clinkd.stages.reflection import ROUNDS, right_now
+from clinkd.stages.training import split_index
 
 GUIDE = "guide"  # the guide's folder in the kept model's
 
@@ -54,13 +59,12 @@ def evaluate(run: Run, model: str) -> Artifact:
 
 
 def validate(
-    run: Run, model: Path, questions: int, desks: Desks, records: Records, metrics: Collection[str]
+    run: Run, model: Path, questions: int, desks: Desks, metrics: Collection[str]
 ) -> dict[str, float]:
     """Scores of a model on the validation split, for choosing between trials.
 
     Args:
         questions: asked at most, of whole records in their order.
-        records: that read the run's data; they keep what was asked about.
         metrics: what is wanted, of ``config_sweep.METRICS``.
 
     Returns:
@@ -77,7 +81,7 @@ def validate(
 
     def asked(likelihood: bool) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="clinkd-") as folder:
-            return _answers(run, model, desks, "validation", questions, Path(folder), records, likelihood)
+            return _answers(run, model, desks, "validation", questions, Path(folder), likelihood)
 
     scored: dict[str, float] = {}
     if "likelihood" in metrics:
@@ -111,16 +115,14 @@ def _answers(
     split: str,
     limit: int | None,
     folder: Path,
-    records: Callable[[list[str]], Iterable[dict[str, Any]]],
     likelihood: bool = False,
 ) -> list[dict[str, Any]]:
     """What a model says to the split's first ``limit`` questions; parts are kept in ``folder``."""
-    from clinkd.data.shards import samples
+    from clinkd.data.shards import Shards
     from clinkd.evaluate.predict import PredictSpec
 
-    options = run.config.evaluate
-    chosen, total = _chosen(samples(run.done["prepare"].path, split), limit)
-    if not total:
+    options, index = run.config.evaluate, split_index(run, split)
+    if not len(index):
         raise ConfigError(
             f"data.{split}_fraction: no {split} sample was left by the split; raise it or add cases"
         )
@@ -128,33 +130,24 @@ def _answers(
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
         scores=scores(run, run.config.rope), likelihood=likelihood,
     )  # fmt: skip
-    return desks.ask(spec, sorted(chosen), records, folder, "evaluate", 0)
+    chosen = index.place[first_records(index, limit)]
+    questions = Questions(Shards.of(run.done["prepare"].path), chosen)
+    return desks.ask(spec, questions, folder, "evaluate", 0)
 
 
 def _predict(run: Run, model: Path, draft: Draft) -> list[dict[str, Any]]:
-    from clinkd.data.ingest import read_records
     from clinkd.evaluate.predict import write_predictions
 
-    data, limit = run.done["prepare"].path, run.config.evaluate.limit
     with Desks.of(run) as desks:
-        found = _answers(
-            run, model, desks, "test", limit, draft.work / "answers",
-            lambda ids: read_records(data, ids=ids, blocks=run.blocks).iter_rows(),
-        )  # fmt: skip
+        found = _answers(run, model, desks, "test", run.config.evaluate.limit, draft.work / "answers")
     return write_predictions(found, draft.path / "predictions.jsonl")
 
 
-def _chosen(samples: Iterable[dict[str, Any]], limit: int | None) -> tuple[list[str], int]:
-    """Record ids to evaluate, whole records in order until ``limit`` samples, and how many these are."""
-    records: list[str] = []
-    total = 0
-    for sample in samples:
-        if not records or sample["id"] != records[-1]:
-            if limit is not None and total >= limit:
-                break
-            records.append(sample["id"])
-        total += 1
-    return records, total
+def first_records(index: RecordIndex, limit: int | None) -> np.ndarray:
+    """Whole records in their order until ``limit`` samples are reached; None: all."""
+    if limit is None:
+        return np.arange(len(index))
+    return np.flatnonzero(index.starts[:-1] < limit)
 
 
 def score(
@@ -292,25 +285,24 @@ def predict_folder(
     import ray
 
     from clinkd.artifacts import fingerprint
-    from clinkd.data.ingest import read_records
-    from clinkd.data.shards import DataError, read_manifest, samples
+    from clinkd.data.index import build_index
+    from clinkd.data.shards import DataError, Shards, read_manifest
     from clinkd.evaluate.predict import PredictSpec, write_predictions
 
     spec = PredictSpec(
         str(checkpoint.resolve()), batch_size, max_new_tokens, guide=_guide_of(checkpoint, guide)
     )
-    names = sorted({sample["id"] for sample in samples(data, split)})
-    if not names:
+    shards = Shards.of(data)
+    index = build_index(shards, split)
+    if not len(index):
         raise DataError(f"--split: {data} holds no record of the split {split!r}")
-    asked = {"names": names, "shards": read_manifest(data)["shards"], "model": content_digest(checkpoint)}
+    asked = {"split": split, "shards": read_manifest(data)["shards"], "model": content_digest(checkpoint)}
     mark = fingerprint("predict", {}, asdict(spec) | asked)
     parts = out.with_name(f".{out.name}.{mark[:12]}")
     gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / actors)
     with Progress() as progress, Desks(actors, progress, gpus) as desks:
-        found = desks.ask(
-            spec, names, lambda ids: read_records(data, ids=ids, blocks=4 * actors).iter_rows(), parts,
-            "predict", 0,
-        )  # fmt: skip
+        questions = Questions(shards, index.place)
+        found = desks.ask(spec, questions, parts, "predict", 0)
     count = len(write_predictions(found, out))
     shutil.rmtree(parts)
     return count

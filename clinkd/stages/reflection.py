@@ -14,19 +14,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinkd import metrics
 from clinkd.artifacts import Artifact, Draft
+from clinkd.data.reading import Questions
+from clinkd.data.shards import Shards
 from clinkd.stages.asking import Desks
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import lora_settings, scores, teacher_folder, vqa_spec
-from clinkd.stages.training import corrector, train, turn_counts
+from clinkd.stages.training import (
+    Training,
+    answers,
+    corrector,
+    fed,
+    split_index,
+    train,
+    training_index,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from clinkd.data.index import RecordIndex
     from clinkd.evaluate.predict import PredictSpec
     from clinkd.reflect.judge import Verdict
     from clinkd.reflect.similarity import TextSimilarity
@@ -46,7 +59,7 @@ def reflect(run: Run) -> Artifact:
         "reflect": config.reflect.model_dump(), "rope": config.rope.model_dump(),
         "train_vision": config.model.train_vision, "seed": config.student_seed,
         "precision": config.compute.precision,
-    } | lora_settings(config)  # fmt: skip
+    } | lora_settings(config) | fed(config)  # fmt: skip
     if config.reflect.corrector is not None:
         settings["corrector"] = content_digest(Path(config.reflect.corrector))
     read = ["prepare", "guide", "teacher", "distill"]
@@ -59,7 +72,7 @@ def reflect(run: Run) -> Artifact:
         with Desks.of(run) as desks:
             return _Stage(run, draft, desks).run_all()
 
-    return run.stage("reflect", read, settings, make, version=4)
+    return run.stage("reflect", read, settings, make, version=5)
 
 
 def right_now(run: Run, answered: list[dict[str, Any]]) -> dict[str, bool]:
@@ -85,13 +98,11 @@ class _Stage:
     run: Run
     draft: Draft
     desks: Desks
-    turns: dict[str, int] = field(default_factory=dict)  # of each training record
 
     def run_all(self) -> dict[str, Any]:
         from clinkd.reflect.rounds import best_round, finished
 
         options = self.run.config.reflect
-        self.turns = turn_counts(self.run)
         self._forecast()
         model = self.run.done["distill"].path / "model"
         before = self._validation(0, model, None)
@@ -170,18 +181,19 @@ class _Stage:
         """A student's answers to the round's training samples; ``name``: of the folder that keeps them."""
         from clinkd.reflect.rounds import choose_records
 
-        config = self.run.config
-        chosen = choose_records(list(self.turns.items()), config.reflect.samples, config.student_seed, number)
+        config, index = self.run.config, training_index(self.run)
+        chosen = choose_records(index.turns, config.reflect.samples, config.student_seed, number)
         title = f"reflect: {name} of round {number}"
-        return self._ask(self._student(model), chosen, self._folder(number) / name, title)
+        return self._ask(self._student(model), index, chosen, self._folder(number) / name, title)
 
-    def _ask(self, spec: PredictSpec, chosen: list[str], folder: Path, title: str) -> list[dict[str, Any]]:
-        from clinkd.data.ingest import read_records
+    def _ask(
+        self, spec: PredictSpec, index: RecordIndex, chosen: np.ndarray, folder: Path, title: str
+    ) -> list[dict[str, Any]]:
+        return self.desks.ask(spec, Questions(self._shards, index.place[chosen]), folder, title, 0)
 
-        data, blocks = self.run.done["prepare"].path, self.run.blocks
-        return self.desks.ask(
-            spec, chosen, lambda ids: read_records(data, ids=ids, blocks=blocks).iter_rows(), folder, title, 0
-        )
+    @cached_property
+    def _shards(self) -> Shards:
+        return Shards.of(self.run.done["prepare"].path)
 
     def _student(self, model: Path) -> PredictSpec:
         from clinkd.evaluate.predict import PredictSpec
@@ -203,7 +215,6 @@ class _Stage:
         self, number: int, model: Path, answered: list[dict[str, Any]], verdicts: list[Verdict]
     ) -> None:
         """Correct and select; feedback.parquet is written last."""
-        from clinkd.data.ingest import record_images
         from clinkd.distill.teacher_cache import teacher_key
         from clinkd.reflect import rounds
 
@@ -215,11 +226,7 @@ class _Stage:
         )
         rows: list[dict[str, Any]] = []
         if wrong:
-            images = record_images(
-                self.run.done["prepare"].path, {row["sample"].rpartition("#")[0] for row, _ in wrong}
-            )
-            records = rounds.correction_records(wrong, images)
-            found = self._candidates(number, records)
+            found = self._candidates(number, [row for row, _ in wrong])
             models = {"student": teacher_key(model, {}), "corrector": teacher_key(self._corrector, {})}
             rows = rounds.choose(wrong, found, self._similarity, options, models)
         used = sum(row["source"] == "candidate" for row in rows)
@@ -230,25 +237,28 @@ class _Stage:
         rounds.write_feedback(rows, unfinished)
         unfinished.rename(folder / "feedback.parquet")
 
-    def _candidates(self, number: int, records: list[dict[str, Any]]) -> dict[str, list[str]]:
+    def _candidates(self, number: int, wrong: list[dict[str, Any]]) -> dict[str, list[str]]:
         """The corrector's candidates by sample; none where its distribution along the truth is the target."""
         from clinkd.evaluate.predict import PredictSpec
+        from clinkd.reflect.rounds import correction_turn
         from clinkd.stages.label import states_along_truth
 
         config, folder = self.run.config, self._folder(number)
         title = f"reflect: corrections of round {number}"
+        index = training_index(self.run)
+        samples = sorted(wrong, key=lambda row: str(row["sample"]))
+        records = index.find([row["sample"].rpartition("#")[0] for row in samples])
+        instead = tuple((str(row["sample"]), (correction_turn(row),)) for row in samples)
+        questions = Questions(self._shards, index.place[records], instead)
         if config.reflect.target == "distribution":
-            states_along_truth(self.run, self._corrector, records, folder / "soft", title)
-            return {record["id"]: [] for record in records}
+            states_along_truth(self.run, self._corrector, questions, folder / "soft", title)
+            return {row["sample"]: [] for row in samples}
         spec = PredictSpec(
             str(self._corrector), config.evaluate.batch_size, config.evaluate.max_new_tokens,
             candidates=config.reflect.candidates, temperature=config.reflect.temperature,
         )  # fmt: skip
-        held = {record["id"]: record for record in records}
         seed = 1_000_000 * config.student_seed + 10_000 * number
-        rows = self.desks.ask(
-            spec, sorted(held), lambda ids: [held[name] for name in ids], folder / "candidates", title, seed
-        )
+        rows = self.desks.ask(spec, questions, folder / "candidates", title, seed)
         return {row["sample"].removesuffix("#0"): row["responses"] for row in rows}
 
     def _train(
@@ -258,31 +268,31 @@ class _Stage:
         import pyarrow.parquet as pq
 
         from clinkd.train.reflect_task import Feedback, ReflectTask
+        from clinkd.train.targets import Corrections
 
         run, folder = self.run, self._folder(number)
         options, zero = run.config.reflect, run.config.compute.zero_stage
-        table = pq.read_table(folder / "feedback.parquet", columns=["sample", "chosen"])
-        chosen = zip(table.column("sample").to_pylist(), table.column("chosen").to_pylist(), strict=True)
+        kept = (folder / "feedback.parquet").resolve()
+        wrong = pq.read_table(kept, columns=["sample"]).column("sample").to_pylist()
         had_right = [
             row["sample"]
             for row, verdict in zip(answered, verdicts, strict=True)
             if options.replay and not verdict.needs_correction
         ]
-        soft = folder / "soft"
-        feedback = Feedback(
-            dict(chosen), options.share, had_right, options.replay,
-            soft=str(soft.resolve()) if soft.is_dir() else None, method=_method(run),
-        )  # fmt: skip
+        soft = str((folder / "soft").resolve()) if (folder / "soft").is_dir() else None
+        feedback = Feedback(wrong, options.share, had_right, options.replay, soft=soft, method=_method(run))
         spec = vqa_spec(
             run, model, run.config.rope, train_vision=run.config.model.train_vision,
             coordinate_weight=options.optim.coordinate_weight, lora=run.config.model.lora,
         )  # fmt: skip
         self.desks.make_room()
+        training = Training(
+            f"reflect-{number}", options.optim, zero, seed=run.config.student_seed, out=folder
+        )
+        maker = answers(run, spec, Corrections(str(kept), soft))
         counts = train(
-            run, self.draft, f"reflect-{number}", options.optim, zero,
-            lambda rows, scratch: ReflectTask(rows, scratch, spec, feedback, zero), out=folder,
-            seed=run.config.student_seed,
-        )  # fmt: skip
+            run, self.draft, training, maker, lambda source: ReflectTask(spec, source, feedback, zero)
+        )
         write_whole(folder / TRAINED, json.dumps({key: counts[key] for key in ("steps", "loss")}))
 
     # What became of it.
@@ -310,24 +320,22 @@ class _Stage:
         } | json.loads((folder / TRAINED).read_text())  # fmt: skip
 
     @cached_property
-    def _validation_records(self) -> tuple[list[str], int]:
-        """Records of the validation split that are answered, sorted, and how many turns they have."""
-        from clinkd.data.shards import samples
+    def _validation_records(self) -> np.ndarray:
+        """Records of the validation split that are answered."""
         from clinkd.reflect.rounds import choose_records
 
-        turns: dict[str, int] = {}
-        for sample in samples(self.run.done["prepare"].path, "validation"):
-            turns[sample["id"]] = turns.get(sample["id"], 0) + 1
-        chosen = choose_records(list(turns.items()), self.run.config.reflect.validation, 0, 0)
-        return chosen, sum(turns[record] for record in chosen)
+        turns = split_index(self.run, "validation").turns
+        return choose_records(turns, self.run.config.reflect.validation, 0, 0)
 
     @property
     def _validation_size(self) -> int:
-        return self._validation_records[1]
+        """Their turns."""
+        return int(split_index(self.run, "validation").turns[self._validation_records].sum())
 
     def _validated(self, number: int, model: Path) -> list[dict[str, Any]]:
         folder, title = self._folder(number) / "validation", f"reflect: validation after round {number}"
-        return self._ask(self._student(model), self._validation_records[0], folder, title)
+        index = split_index(self.run, "validation")
+        return self._ask(self._student(model), index, self._validation_records, folder, title)
 
     def _validation(self, number: int, model: Path, was_right: dict[str, bool] | None) -> dict[str, Any]:
         from clinkd.reflect.rounds import tally

@@ -2,7 +2,7 @@
 
 Decisions:
 - A model made here starts from a folder like any checkpoint, so training knows one way to begin.
-- Steps come from the configuration or from epochs over the ledger's groups.
+- Steps come from the configuration or from epochs over the sampler's batches.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clinkd.artifacts import Artifact, Draft, fingerprint
+from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, OptimSection, RunConfig
 from clinkd.data.shards import DataError
 from clinkd.progress import tail_metrics
@@ -26,15 +28,13 @@ from clinkd.stages.models import pixel_limits, student_start, teacher_folder, te
 from clinkd.stages.online import asks_teacher, distill_settings, online_spec
 
 if TYPE_CHECKING:
-    from clinkd.train.feed import StreamSpec
+    from clinkd.data.index import RecordIndex
+    from clinkd.data.sampler import SamplerOptions
+    from clinkd.train.batches import BatchSpec
+    from clinkd.train.feed import FeedSpec
     from clinkd.train.loop import TrainJob
+    from clinkd.train.targets import Targets
     from clinkd.train.tasks import VqaSpec
-
-
-def steps_of(optim: OptimSection, groups: int, workers: int) -> int:
-    """Optimiser steps of a stage, from ``steps`` or ``epochs``."""
-    per_step = optim.batch_size * optim.accumulation * workers
-    return optim.steps or max(1, round(optim.epochs * groups / per_step))
 
 
 def teacher(run: Run) -> Artifact:
@@ -46,25 +46,25 @@ def teacher(run: Run) -> Artifact:
     settings = {
         "teacher": config.teacher.model_dump(), "optim": optim.model_dump(), "seed": config.run.seed,
         "precision": compute.precision,
-    } | streamed(config) | pixel_limits(config)  # fmt: skip
+    } | fed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.tasks import SupervisedTask
-
         zero = compute.zero_stage if compute.teacher_zero_stage is None else compute.teacher_zero_stage
         start = run.done["guide"].path / "model"
         spec = vqa_spec(
             run, start, teacher_rope(), train_vision=config.teacher.train_vision,
             coordinate_weight=optim.coordinate_weight,
         )  # fmt: skip
-        if config.feed.mode == "stream":
-            return train_streamed(run, draft, "teacher", optim, zero, spec)
-        return train(
-            run, draft, "teacher", optim, zero,
-            lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero),
-        )  # fmt: skip
+        training = Training("teacher", optim, zero)
+        return train(run, draft, training, answers(run, spec), partial(_supervised, spec, zero))
 
-    return run.stage("teacher", ["prepare", "guide"], settings, make)
+    return run.stage("teacher", ["prepare", "guide"], settings, make, version=2)
+
+
+def _supervised(spec: VqaSpec, zero: int, source: FeedSpec) -> Any:
+    from clinkd.train.tasks import SupervisedTask
+
+    return SupervisedTask(spec, source, zero)
 
 
 def corrector(run: Run) -> Artifact | None:
@@ -80,28 +80,24 @@ def corrector(run: Run) -> Artifact | None:
         return None
     settings = {
         "optim": optim.model_dump(), "seed": config.run.seed, "precision": config.compute.precision,
-    } | pixel_limits(config)  # fmt: skip
+    } | fed(config) | pixel_limits(config)  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
-        from clinkd.train.reflect_task import ExerciseTask
+        from clinkd.train.targets import Exercises
 
         zero = config.compute.zero_stage
         spec = vqa_spec(
             run, teacher_folder(run), teacher_rope(), train_vision=False,
             coordinate_weight=optim.coordinate_weight,
         )  # fmt: skip
-        return train(
-            run, draft, "corrector", optim, zero,
-            lambda rows, scratch: ExerciseTask(rows, scratch, spec, config.run.seed, zero),
-        )  # fmt: skip
+        maker = answers(run, spec, Exercises(config.run.seed))
+        return train(run, draft, Training("corrector", optim, zero), maker, partial(_supervised, spec, zero))
 
-    return run.stage("corrector", ["prepare", "teacher"], settings, make)
+    return run.stage("corrector", ["prepare", "teacher"], settings, make, version=2)
 
 
-def streamed(config: RunConfig) -> dict[str, Any]:
-    """Settings of the feed that change what the teacher learns; none for the table."""
-    if config.feed.mode == "table":
-        return {}
+def fed(config: RunConfig) -> dict[str, Any]:
+    """Settings of the feed that change what a stage learns."""
     return {"feed": config.feed.model_dump(exclude={"tasks"})}
 
 
@@ -124,13 +120,22 @@ class Paused(Exception):
 
 
 def distill_steps(run: Run) -> int:
-    """Optimiser steps of the student's distillation."""
-    from clinkd.train.ledger import Ledger
+    """Optimiser steps of the student's distillation.
 
-    optim, turns = run.config.distill.optim, turn_counts(run)
-    chosen = share_of(list(turns), run.config.distill.share, run.config.run.seed)
-    ledger = Ledger([turns[record] for record in chosen], optim.questions_per_image, 0)
-    return steps_of(optim, ledger.groups_per_epoch, run.config.compute.workers)
+    Raises:
+        ConfigError: they follow from epochs of packed samples, whose number is known in training alone.
+    """
+    config = run.config
+    optim = config.distill.optim
+    if optim.steps:
+        return optim.steps
+    if config.feed.pack_tokens is not None:
+        raise ConfigError("distill.optim.epochs: with feed.pack_tokens a sweep needs distill.optim.steps")
+    from clinkd.data.sampler import BatchSampler
+
+    index = share_of(training_index(run), config.distill.share, config.run.seed)
+    sampler = BatchSampler(index, sampler_options(config, optim, 0), config.compute.workers)
+    return sampler.steps(optim.epochs, optim.accumulation)
 
 
 def distill(run: Run, until: int | None = None, start: Path | None = None) -> Artifact:
@@ -150,7 +155,7 @@ def distill(run: Run, until: int | None = None, start: Path | None = None) -> Ar
         "model": config.model.model_dump(exclude={"lora", "attention"}),
         "rope": config.rope.model_dump(), "seed": config.student_seed,
         "precision": config.compute.precision,
-    } | models.lora_settings(config) | run.salt  # fmt: skip
+    } | models.lora_settings(config) | fed(config) | run.salt  # fmt: skip
 
     def make(draft: Draft) -> dict[str, Any]:
         from clinkd.train.checkpoint import Checkpoints
@@ -163,80 +168,106 @@ def distill(run: Run, until: int | None = None, start: Path | None = None) -> Ar
         zero = config.compute.zero_stage
         if start is not None:
             Checkpoints(draft.work / "distill", 0, lambda: None).adopt(start)
-        counts = train(
-            run, draft, "distill", options.optim, zero, _learner(run, spec, zero),
-            records=share_of(list(turn_counts(run)), options.share, config.run.seed),
-            seed=config.student_seed,
-            until=until,
-        )  # fmt: skip
+        training = Training(
+            "distill", options.optim, zero, share=options.share, seed=config.student_seed, until=until
+        )
+        counts = train(run, draft, training, *_learner(run, spec, zero))
         return counts | {"certified": certificate["ok"]}
 
     inputs = ["prepare", "guide", "teacher", *(["label"] if taught else [])]
-    return run.stage("distill", inputs, settings, make)
+    return run.stage("distill", inputs, settings, make, version=2)
 
 
-def _learner(run: Run, spec: VqaSpec, zero: int) -> Callable[[Any, Path], Any]:
-    """Makes the student's task where it trains."""
+def _learner(run: Run, spec: VqaSpec, zero: int) -> tuple[Any, Callable[[FeedSpec], Any]]:
+    """What makes the student's batches, and its task where it trains."""
     from clinkd.train.distill_task import DistillSpec, DistillTask
     from clinkd.train.online_task import OnlineDistillTask
-    from clinkd.train.tasks import SupervisedTask
+    from clinkd.train.targets import Labels
 
     options = run.config.distill
     if not asks_teacher(options):
-        return lambda rows, scratch: SupervisedTask(rows, scratch, spec, zero)
-    learn = DistillSpec(
-        str(run.done["label"].path), method_of(options), options.start_quantile, options.end_quantile
-    )
+        return answers(run, spec), partial(_supervised, spec, zero)
+    labels = str(run.done["label"].path.resolve())
+    learn = DistillSpec(labels, method_of(options), options.start_quantile, options.end_quantile)
     if online := online_spec(run, spec):
-        return lambda rows, scratch: OnlineDistillTask(rows, scratch, spec, learn, online, zero)
-    return lambda rows, scratch: DistillTask(rows, scratch, spec, learn, zero)
+        maker = answers(run, spec, Labels(labels, states=False))
+        return maker, lambda source: OnlineDistillTask(spec, source, learn, online, zero)
+    return answers(run, spec, Labels(labels)), lambda source: DistillTask(spec, source, learn, zero)
+
+
+def answers(run: Run, spec: VqaSpec, targets: Targets | None = None) -> BatchSpec:
+    """What makes the batches of a stage that answers; without ``targets`` with the answers of the data."""
+    from clinkd.train.batches import BatchSpec
+    from clinkd.train.targets import Truth
+
+    feed = run.config.feed
+    return BatchSpec(
+        spec.model, spec.guidance, packed=feed.pack_tokens is not None, conversations=feed.conversations,
+        scores=spec.scores, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels,
+        targets=targets or Truth(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a stage trains.
+
+    Args:
+        name: of the stage. share: of the training split's records. seed: of the samples' order; None: the
+        run's.
+        until: the step to end at. out: folder of model and metrics; None: the artifact's.
+        whole_records: its samples are records, which are not packed.
+    """
+
+    name: str
+    optim: OptimSection
+    zero_stage: int
+    share: float = 1.0
+    seed: int | None = None
+    until: int | None = None
+    out: Path | None = None
+    whole_records: bool = False
 
 
 def train(
-    run: Run,
-    draft: Draft,
-    stage: str,
-    optim: OptimSection,
-    zero_stage: int,
-    make_task: Callable[[Any, Path], Any],
-    out: Path | None = None,
-    records: list[str] | None = None,
-    seed: int | None = None,
-    until: int | None = None,
+    run: Run, draft: Draft, training: Training, maker: Any, make_task: Callable[[FeedSpec], Any]
 ) -> dict[str, Any]:
-    """Trains one stage on the training split, or on ``records`` of it, and shows its progress.
+    """Trains one stage on the training split, and shows its progress.
 
-    ``seed``: of the order of the samples; None: the run's. ``until``: the step to end at.
+    Args:
+        maker: makes its batches (``data.feed.Maker``). make_task: its task, where it trains.
 
     Raises:
         Paused: at ``until``, where that is not the end.
+        ConfigError: no record to train on, or a sample longer than ``feed.pack_tokens``.
     """
-    from clinkd.data.ingest import read_records
-    from clinkd.train.ledger import Ledger
     from clinkd.train.loop import TrainJob
     from clinkd.train.resume import begun
 
-    out = out or draft.path
-    data = run.done["prepare"].path
-    turns = turn_counts(run)
-    chosen = list(turns) if records is None else records
-    if not chosen:
-        raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
-    ledger = Ledger([turns[record] for record in chosen], optim.questions_per_image, 0)
-    workers = run.config.compute.workers
-    began = begun(draft.work / stage, steps_of(optim, ledger.groups_per_epoch, workers), workers)
+    config, optim = run.config, training.optim
+    stage, workers = training.name, config.compute.workers
+    source = feed_spec(run, draft, training, maker)
+    steps = optim.steps
+    if steps is None or config.feed.pack_tokens:
+        try:
+            sampler = source.sampler(workers)
+            sampler.rounds(0)  # packing looks at every length
+            steps = steps or sampler.steps(optim.epochs, optim.accumulation)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+    began = begun(draft.work / stage, steps, workers)
     job = TrainJob(
-        stage=stage, make_task=make_task, optim=optim, compute=run.config.compute, zero_stage=zero_stage,
-        steps=began.steps, seed=run.config.run.seed if seed is None else seed, out=str(out.resolve()),
-        work=str(draft.work.resolve()), until=until, dealt=began.workers, watch=run.config.watch,
-        run=run.config.run.name,
+        stage=stage, make_task=partial(make_task, source), optim=optim, compute=config.compute,
+        zero_stage=training.zero_stage, steps=began.steps,
+        seed=config.run.seed if training.seed is None else training.seed,
+        out=str((training.out or draft.path).resolve()), work=str(draft.work.resolve()),
+        until=training.until, dealt=began.workers, watch=config.watch, run=config.run.name,
         store=store_of(run, draft, stage),
-        rows=fingerprint("rows", {"prepare": run.done["prepare"].fingerprint}, {"records": chosen}),
     )  # fmt: skip
-    return _fit(run, job, read_records(data, split="train", ids=records), len(chosen))
+    return _fit(run, job, len(source.records()))
 
 
-def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
+def _fit(run: Run, job: TrainJob, records: int) -> dict[str, Any]:
     """Runs a job and shows its progress; returns the stage's counts."""
     from clinkd.train.guard import EVENTS
 
@@ -245,7 +276,7 @@ def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
     stop = threading.Event()
     followers = [tail_metrics(path, run.progress, stop) for path in (metrics, metrics.with_name(EVENTS))]
     try:
-        run.train(job, rows)
+        run.train(job)
     finally:
         stop.set()
         for follower in followers:
@@ -257,67 +288,44 @@ def _fit(run: Run, job: TrainJob, rows: Any, records: int) -> dict[str, Any]:
     return {"steps": job.steps, "loss": last.get("loss"), "records": records}
 
 
-def train_streamed(
-    run: Run, draft: Draft, stage: str, optim: OptimSection, zero_stage: int, spec: VqaSpec
-) -> dict[str, Any]:
-    """Trains one stage on the training split as its shards stream by; see train/feed.py."""
-    from clinkd.train.feed import StreamTask
-    from clinkd.train.loop import TrainJob
-    from clinkd.train.resume import begun
+def sampler_options(
+    config: RunConfig, optim: OptimSection, seed: int, tokens: int | None = None
+) -> SamplerOptions:
+    from clinkd.data.sampler import SamplerOptions
 
-    source = stream_spec(run, draft, optim, spec)
-    workers = run.config.compute.workers
-    steps = optim.steps or source.steps(optim.epochs, optim.accumulation, workers)
-    began = begun(draft.work / stage, steps, workers)
-    job = TrainJob(
-        stage=stage, make_task=lambda rows, scratch: StreamTask(spec, source, zero_stage), optim=optim,
-        compute=run.config.compute, zero_stage=zero_stage, seed=run.config.run.seed, steps=began.steps,
-        out=str(draft.path.resolve()), work=str(draft.work.resolve()), dealt=began.workers,
-        watch=run.config.watch, store=store_of(run, draft, stage), run=run.config.run.name,
-    )  # fmt: skip
-    return _fit(run, job, None, len(source.lengths.ids))
+    window = config.feed.window_mib << 20
+    return SamplerOptions(seed, optim.batch_size, optim.questions_per_image, tokens, window)
 
 
-def stream_spec(run: Run, draft: Draft, optim: OptimSection, spec: VqaSpec) -> StreamSpec:
-    """How the stage is fed, once the lengths of all samples are known.
+def feed_spec(run: Run, draft: Draft, training: Training, maker: Any) -> FeedSpec:
+    """How the stage is fed; writes the index of its records.
 
     Raises:
-        ConfigError: no record to train on, or a sample longer than ``feed.pack_tokens``.
+        ConfigError: no record to train on.
     """
     from clinkd import cluster
-    from clinkd.data.feed import Resources, Shards, build_index
-    from clinkd.data.plan import PlanOptions
-    from clinkd.train.batches import BatchSpec
-    from clinkd.train.feed import StreamSpec
+    from clinkd.data.feed import Resources
+    from clinkd.data.shards import Shards
+    from clinkd.train.feed import FeedSpec
 
-    feed, compute = run.config.feed, run.config.compute
-    batch = BatchSpec(
-        spec.model, spec.guidance, packed=feed.pack_tokens is not None, conversations=feed.conversations,
-        scores=spec.scores, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels,
-    )  # fmt: skip
+    config, compute = run.config, run.config.compute
+    index = share_of(training_index(run), training.share, config.run.seed)
     shards = Shards.of(run.done["prepare"].path)
-    index = build_index(shards, "train", batch.measure)
-    if not index.ids:
-        raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
-    path = index.write(draft.work / "lengths.arrow")
-    source = StreamSpec(
-        batch,
-        PlanOptions(
-            run.config.run.seed, optim.batch_size, feed.pack_tokens, optim.questions_per_image, feed.window
-        ),
-        str(path.resolve()),
-        shards,
-        Resources(
-            feed.tasks,
-            cluster.feed_cpus(compute.workers, compute.cpus_per_worker, feed.tasks),
-            store_share=0.5 / compute.workers,
-        ),
-    )
-    try:
-        source.rounds(0, compute.workers)
-    except DataError as error:
-        raise ConfigError(str(error)) from None
-    return source
+    tasks = config.feed.tasks
+    if tasks is None:
+        tasks = 2 if compute.gpus_per_worker else 0
+    cpus = cluster.feed_cpus(compute.workers, compute.cpus_per_worker, max(1, tasks))
+    packs = not training.whole_records
+    if packs and (config.feed.pack_tokens is not None or config.feed.conversations):
+        index = index.measured(maker.measure, shards, cpus)
+    path = index.write(draft.work / f"{training.name}-index.arrow")
+    seed = config.run.seed if training.seed is None else training.seed
+    return FeedSpec(
+        maker,
+        sampler_options(config, training.optim, seed, config.feed.pack_tokens if packs else None),
+        str(path.resolve()), shards,
+        Resources(tasks, cpus, 3 * (config.feed.window_mib << 20) // 2, store_share=0.5 / compute.workers),
+    )  # fmt: skip
 
 
 def store_of(run: Run, draft: Draft, stage: str) -> str | None:
@@ -326,18 +334,32 @@ def store_of(run: Run, draft: Draft, stage: str) -> str | None:
     return None if root is None else f"{root.rstrip('/')}/{draft.path.stem}/{stage}"
 
 
-def turn_counts(run: Run) -> dict[str, int]:
-    """Turns of each training record."""
-    from clinkd.data.shards import samples
+def training_index(run: Run) -> RecordIndex:
+    """The training split; made once and kept for the run.
 
-    turns: dict[str, int] = {}
-    for sample in samples(run.done["prepare"].path, "train"):
-        turns[sample["id"]] = turns.get(sample["id"], 0) + 1
-    return turns
+    Raises:
+        ConfigError: no record is left to train on.
+    """
+    index = split_index(run, "train")
+    if not len(index):
+        raise ConfigError("data.source: no training record is left after prepare; see its quarantine.jsonl")
+    return index
 
 
-def share_of(records: list[str], share: float, seed: int) -> list[str]:
+def split_index(run: Run, split: str) -> RecordIndex:
+    """The records of a split."""
+    from clinkd.data.index import build_index
+    from clinkd.data.shards import Shards
+
+    name = f"index {split} {run.done['prepare'].fingerprint}"
+    if name not in run.indices:
+        run.indices[name] = build_index(Shards.of(run.done["prepare"].path), split)
+    return run.indices[name]
+
+
+def share_of(index: RecordIndex, share: float, seed: int) -> RecordIndex:
     """A share of the records (at least one), the same for the same seed, in their order."""
-    count = max(1, round(share * len(records)))
-    chosen = np.random.default_rng(seed).permutation(len(records))[:count]
-    return [records[index] for index in sorted(chosen.tolist())]
+    if share == 1:
+        return index
+    count = max(1, round(share * len(index)))
+    return index.take(np.random.default_rng(seed).permutation(len(index))[:count])

@@ -1,12 +1,12 @@
-"""Which samples each step was dealt, for who wants to look it up (``watch.samples``).
+"""Which samples each step trained on, for who wants to look it up (``watch.samples``).
 
 Decisions:
 - Each rank writes lines into a file of its own beside the metrics: nothing more travels between ranks.
 - Rank 0 cuts all files back to the checkpoint that a job goes on from. The others write only after a step,
   which takes all ranks together, so no line of theirs is lost. However often a job was killed, and whoever
-  went on with it, the lines of all files are what its weights were dealt.
-- Dealt is not always trained on: a curriculum holds turns back, and in reflection mistakes stand in the
-  place of a share of what was dealt.
+  went on with it, the lines of all files are what its weights were trained on.
+- They are named as they come: what a curriculum holds back is not among them, and in reflection mistakes
+  stand in the place of a share of what was dealt.
 """
 
 from __future__ import annotations

@@ -1,36 +1,48 @@
-"""Batches made of records, in Ray Data's tasks: decoded, resized, tokenized, packed.
+"""Batches made of records: decoded, resized, tokenized, packed; in Ray Data's tasks or in the worker.
 
 Decisions:
+- There is one maker for every stage that answers; stages differ in their targets (train/targets.py).
 - Documents are single turns, or with ``conversations`` all of a record's turns in one; then the guide's
   score of a document is the mean over its turns.
+- A sequence each, padded, documents keep their mask, so that questions about one image may share it in the
+  text model (model/prefix.py). Packed, they come with positions of their own.
 - Lengths are measured by the very code that makes the batches, on the shards' light columns: an image's
-  tokens follow from its size. A batch whose lengths are not those measured is refused.
+  tokens follow from its size.
+- A maker keeps the images it cut and the texts it encoded, within a budget: small data are decoded once.
 - A batch without samples holds two tokens of padding and a blank image: the vision tower runs on every
   rank, the loss is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clinkd.data.feed import Arrays, Asked, FeedError
+from clinkd.data.feed import Arrays, Asked, Order
+from clinkd.data.reading import Kept, Place, Records
 from clinkd.data.records import sample_id
 from clinkd.data.scores import Score, Scores, mean
+from clinkd.data.tasks import FeedError
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
 from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.pixels import Patches, blank, cut, image_tokens, join, load_processor
 from clinkd.model.presets import IMAGE, VISION_START
 from clinkd.model.rope import RopeGuidance
+from clinkd.train.targets import Targets, Truth, Turn
 
-CUT = "patches"
-"""Key of a row's images once they are cut: its turns may stand in several batches of a job."""
+IMAGES_KEPT = 128 << 20
+"""Bytes of cut images that a maker keeps."""
+ENCODED_KEPT = 16 << 20
+"""Bytes of token ids that it keeps."""
+KEYS = "image_keys"
+"""Of a batch: a name of each distinct image's content and of how it is cut."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +51,77 @@ class BatchSpec:
 
     model: str  # folder of tokenizer and preprocessor_config.json
     guidance: RopeGuidance
-    packed: bool
+    packed: bool = False
     conversations: bool = False
     scores: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    targets: Targets = field(default_factory=Truth)
 
     def measure(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Tokens of each document of each row, from the shards' light columns."""
-        return [batch_maker(self).lengths(row) for row in rows]
+        return batch_maker(self).lengths(rows)
 
-    def make(self, sequences: list[list[Asked]]) -> Arrays:
+    def make(self, order: Order, records: Records) -> Arrays:
         """A batch as arrays; see ``BatchMaker.batch``."""
-        return batch_maker(self).batch(sequences)
+        return batch_maker(self).batch(order, records)
 
 
 @lru_cache(maxsize=2)
 def batch_maker(spec: BatchSpec) -> BatchMaker:
     """One per process: tokenizer and processor take seconds to load."""
-    torch.set_num_threads(1)
     return BatchMaker(spec)
 
 
+class Shown(NamedTuple):
+    """A record's images, cut, and their keys."""
+
+    patches: list[Patches]
+    keys: list[bytes]
+
+
+class Pictures:
+    """The images of records, cut once while they are kept."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self._kept = Kept(IMAGES_KEPT)
+        self._cut = repr(sorted(processor.to_dict().items())).encode()
+
+    def of(self, record: str, place: Place, records: Records) -> Shown:
+        """A record's images, in its order.
+
+        Raises:
+            FeedError: one of them cannot be decoded.
+        """
+        key = records.name(place)
+        found = self._kept.get(key)
+        if found is None:
+            contents = records.images(place)
+            try:
+                patches = [cut(self.processor, content) for content in contents]
+            except Exception as error:
+                raise FeedError(
+                    f"record {record}: its image cannot be decoded ({error}); "
+                    "run `clinkd prepare` again, which leaves such images out"
+                ) from None
+            names = [hashlib.blake2b(self._cut + content, digest_size=16).hexdigest() for content in contents]
+            found = Shown(patches, [name.encode() for name in names])
+            self._kept.put(key, found, sum(one.values.nbytes for one in patches))
+        return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A group of a batch, its record read."""
+
+    row: dict[str, Any]
+    place: Place
+    documents: list[tuple[int, ...]]  # turns of each
+
+
 class BatchMaker:
-    """Tokenizer, image processor and scores, and how records become a batch with them."""
+    """Tokenizer, image processor, scores and targets, and how records become a batch with them."""
 
     def __init__(self, spec: BatchSpec) -> None:
         from transformers import AutoTokenizer
@@ -71,124 +130,161 @@ class BatchMaker:
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
         self.scores = Scores(spec.scores)
+        self.targets = spec.targets.open()
+        self.pictures = Pictures(self.processor)
+        self._encoded = Kept(ENCODED_KEPT)
+        ids: Any = self.tokenizer.convert_tokens_to_ids([IMAGE, VISION_START])
+        self.image, self.vision_start = ids
 
-    def documents(self, row: dict[str, Any]) -> list[tuple[int, ...]]:
+    def lengths(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        return [self._lengths(row) for row in rows]
+
+    def _image_tokens(self, row: dict[str, Any]) -> list[int]:
+        sizes = [(row["height"], row["width"])]
+        sizes += [(other["height"], other["width"]) for other in row.get("more_images") or []]
+        try:
+            return [image_tokens(self.processor, *size) for size in sizes]
+        except ValueError as error:
+            raise FeedError(f"record {row['id']}: {error}; take it out of the data") from None
+
+    def _lengths(self, row: dict[str, Any]) -> list[int]:
+        tokens = self._image_tokens(row)
+        talks = self.targets.talk(_turns(row, range(len(row["turns"]))), 0)
+        said = [[talk for turn in turns if (talk := talks[turn]) is not None] for turns in self._all(row)]
+        return [len(self._encode(talk, tokens)[0]) if talk else 1 for talk in said]
+
+    def _all(self, row: dict[str, Any]) -> list[tuple[int, ...]]:
         """Turns of each document of a record."""
         turns = range(len(row["turns"]))
         return [tuple(turns)] if self.spec.conversations else [(turn,) for turn in turns]
 
-    def lengths(self, row: dict[str, Any]) -> list[int]:
-        sizes = [(row["height"], row["width"])]
-        sizes += [(other["height"], other["width"]) for other in row.get("more_images") or []]
-        try:
-            tokens = [image_tokens(self.processor, *size) for size in sizes]
-        except ValueError as error:
-            raise FeedError(f"record {row['id']}: {error}; take it out of the data") from None
-        return [len(self._encode(row, turns, tokens)[0]) for turns in self.documents(row)]
+    def _encode(self, talk: Sequence[tuple[str, str]], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        key = tuple(talk), tuple(tokens)
+        found = self._encoded.get(key)
+        if found is None:
+            found = encode_conversation(self.tokenizer, list(talk), list(tokens))
+            self._encoded.put(key, found, 16 * len(found[0]) + 300)
+        return found
 
-    def _encode(
-        self, row: dict[str, Any], turns: tuple[int, ...], tokens: list[int]
-    ) -> tuple[list[int], list[int]]:
-        talk = [(row["turns"][turn]["question"], row["turns"][turn]["answer"]) for turn in turns]
-        return encode_conversation(self.tokenizer, talk, tokens)
-
-    def patches(self, row: dict[str, Any]) -> list[Patches]:
-        """A record's images, cut.
-
-        Raises:
-            FeedError: one of them cannot be decoded.
-        """
-        if CUT not in row:
-            contents = (row["png"], *(row.get("more_png") or []))
-            try:
-                row[CUT] = [cut(self.processor, content) for content in contents]
-            except Exception as error:
-                raise FeedError(
-                    f"record {row['id']}: its image cannot be decoded ({error}); "
-                    "run `clinkd prepare` again, which leaves such images out"
-                ) from None
-        return list(row[CUT])
-
-    def batch(self, sequences: list[list[Asked]]) -> Arrays:
+    def batch(self, order: Order, records: Records) -> Arrays:
         """Arrays of a batch.
 
         Returns:
-            ``input_ids``, ``labels`` [B, L], ``position_ids`` float32 [4, B, L], ``image_index`` [vision
-            segments], the images as ``pixels.join`` gives them, and ``samples`` [1], the number of turns.
-        """
-        if not sequences:
-            return self._filler()
-        images: list[Patches] = []
-        first: dict[str, int] = {}
-        rows: list[list[Document]] = []
-        for sequence in sequences:
-            found = [document for asked in sequence for document in self._documents(asked, images, first)]
-            rows += [found] if self.spec.packed else [[document] for document in found]
-        packed = pack_documents(rows, self.tokenizer.pad_token_id)
-        pictures = join(images)
-        flat = [document for row in rows for document in row]
-        documents = packed.pop("documents")
-        positions = self._positions(packed, documents, pictures["image_grid_thw"], flat)
-        turns = sum(len(asked.documents) for sequence in sequences for asked in sequence)
-        if self.spec.conversations:
-            turns = sum(len(asked.row["turns"]) for sequence in sequences for asked in sequence)
-        arrays = {name: value.numpy() for name, value in packed.items()} | pictures
-        return arrays | {"position_ids": positions.numpy(), "samples": np.array([turns])}
+            ``input_ids``, ``labels`` [B, L]; packed ``position_ids`` float32 [4, B, L], else
+            ``attention_mask`` and what the guidance takes of the scores; ``image_index`` [vision segments];
+            the images as ``pixels.join`` gives them and their ``KEYS``; ``samples`` [1], the number of
+            turns; and what the targets add.
 
-    def _documents(self, asked: Asked, images: list[Patches], first: dict[str, int]) -> Iterator[Document]:
-        """A group's documents; its images join ``images`` where ``first`` does not know the record yet."""
-        row = asked.row
-        cuts = self.patches(row)
-        if row["id"] not in first:
-            first[row["id"]] = len(images)
-            images += cuts
+        Raises:
+            FeedError: a record that cannot be read or decoded, or packed, is not of the size that was
+            measured.
+        """
+        asked = [[self._read(group, records) for group in sequence] for sequence in order.sequences]
+        turns = [
+            turn
+            for sequence in asked for group in sequence for document in group.documents
+            for turn in _turns(group.row, document)
+        ]  # fmt: skip
+        talks = iter(self.targets.talk(turns, order.step) if turns else [])
+        images: list[Patches] = []
+        keys: list[bytes] = []
+        first: dict[Place, tuple[int, ...]] = {}
+        names: list[str] = []
+        rows: list[list[Document]] = []
+        for sequence in asked:
+            found: list[Document] = []
+            for group in sequence:
+                if group.place not in first:
+                    shown = self.pictures.of(group.row["id"], group.place, records)
+                    if self.spec.packed:
+                        self._check(group.row, shown)
+                    first[group.place] = tuple(range(len(images), len(images) + len(shown.patches)))
+                    images += shown.patches
+                    keys += shown.keys
+                found += self._documents(group, first[group.place], images, talks, names)
+            rows += ([found] if found else []) if self.spec.packed else [[document] for document in found]
+        if not rows:
+            return self._filler()
+        return self._arrays(rows, images) | self.targets.arrays(names) | {
+            KEYS: np.array(keys), "samples": np.array([len(names)])
+        }  # fmt: skip
+
+    def _read(self, asked: Asked, records: Records) -> _Asked:
+        row = records.row(asked.place)
+        documents = self._all(row)
+        return _Asked(row, asked.place, [documents[number] for number in asked.documents])
+
+    def _check(self, row: dict[str, Any], shown: Shown) -> None:
+        """Raises FeedError where an image is not of the size that the lengths were measured with."""
         merge = self.processor.merge_size**2
-        tokens = [int(np.prod(image.grid)) // merge for image in cuts]
-        shown = tuple(range(first[row["id"]], first[row["id"]] + len(cuts)))
-        length, turns = 0, self.documents(row)
-        for number in asked.documents:
-            ids, labels = self._encode(row, turns[number], tokens)
-            length += len(ids)
-            yield Document(ids, labels, shown, self._score(row["id"], turns[number]))
-        if length != asked.tokens:
+        cuts = [int(np.prod(one.grid)) // merge for one in shown.patches]
+        if cuts != (measured := self._image_tokens(row)):
             raise FeedError(
-                f"record {row['id']}: {length} tokens instead of {asked.tokens}, as its image is not of the "
+                f"record {row['id']}: images of {cuts} tokens instead of {measured}, as they are not of the "
                 "size that the shard names; run `clinkd prepare` again"
             )
 
-    def _score(self, record: str, turns: tuple[int, ...]) -> Score | None:
+    def _documents(
+        self, asked: _Asked, shown: tuple[int, ...], images: Sequence[Patches],
+        talks: Iterator[tuple[str, str] | None], names: list[str],
+    ) -> Iterator[Document]:  # fmt: skip
+        """A group's documents; the samples in them join ``names``."""
+        row, merge = asked.row, self.processor.merge_size**2
+        tokens = [int(np.prod(images[image].grid)) // merge for image in shown]
+        for turns in asked.documents:
+            said = [(turn, talk) for turn in turns if (talk := next(talks)) is not None]
+            if not said:
+                continue
+            ids, labels = self._encode([talk for _, talk in said], tokens)
+            own = [sample_id(row["id"], turn) for turn, _ in said]
+            names += own
+            yield Document(ids, labels, shown, self._score(own))
+
+    def _score(self, samples: Sequence[str]) -> Score | None:
         if self.spec.guidance.guided == "none":
             return None
-        return mean([self.scores[sample_id(record, turn)] for turn in turns])
+        return mean([self.scores[sample] for sample in samples])
 
-    def _positions(
-        self, packed: dict[str, Tensor], documents: Tensor, grids: np.ndarray, rows: list[Document]
-    ) -> Tensor:
-        ids: Any = self.tokenizer.convert_tokens_to_ids([IMAGE, VISION_START])
-        image, start = ids
-        grid, guided = torch.from_numpy(grids), self.spec.guidance.guided
-        scored = [(row.score, row.images) for row in rows if row.score is not None and row.images]
-        merged = [merged_grids(grid[list(images)], self.processor.merge_size) for _, images in scored]
-        scores = guide_inputs(guided, [score for score, _ in scored], merged, packed=True)
-        return packed_positions(
-            packed["input_ids"],
-            documents,
-            grid[packed["image_index"]],
-            guidance=self.spec.guidance,
-            image_token_id=image,
-            vision_start_token_id=start,
-            spatial_merge_size=self.processor.merge_size,
-            **scores,
-        )
+    def _arrays(self, rows: list[list[Document]], images: list[Patches]) -> Arrays:
+        packed = pack_documents(rows, self.tokenizer.pad_token_id)
+        pictures = join(images)
+        documents = packed.pop("documents")
+        flat = [document for row in rows for document in row]
+        grids = torch.from_numpy(pictures["image_grid_thw"])
+        scores = self._guidance(flat, grids)
+        if self.spec.packed:
+            packed["position_ids"] = packed_positions(
+                packed["input_ids"], documents, grids[packed["image_index"]], guidance=self.spec.guidance,
+                image_token_id=self.image, vision_start_token_id=self.vision_start,
+                spatial_merge_size=self.processor.merge_size, **scores,
+            )  # fmt: skip
+        else:
+            packed |= {"attention_mask": (documents > 0).long(), **scores}
+        return {name: value.numpy() for name, value in packed.items()} | pictures
+
+    def _guidance(self, documents: list[Document], grids: Tensor) -> dict[str, Tensor]:
+        scored = [(document.score, document.images) for document in documents if document.score is not None]
+        merged = [merged_grids(grids[list(images)], self.processor.merge_size) for _, images in scored]
+        scores = [score for score, _ in scored]
+        return guide_inputs(self.spec.guidance.guided, scores, merged, packed=self.spec.packed)
 
     def _filler(self) -> Arrays:
         ids = np.full((1, 2), self.tokenizer.pad_token_id, np.int64)
         positions = np.zeros((4, 1, 2), np.float32)
         positions[0] = [0, 1]  # the text's; guided ones are 0 at padding
-        return join([blank(self.processor)]) | {
+        empty = blank(self.processor)
+        return join([empty]) | {
             "input_ids": ids,
             "labels": np.full_like(ids, -100),
             "position_ids": positions,
             "image_index": np.zeros(0, np.int64),
+            KEYS: np.array([b"blank"]),
             "samples": np.array([0]),
-        }
+        } | self.targets.arrays([])  # fmt: skip
+
+
+def _turns(row: dict[str, Any], turns: Sequence[int] | range) -> list[Turn]:
+    return [
+        Turn(sample_id(row["id"], turn), *(row["turns"][turn][key] for key in ("task", "question", "answer")))
+        for turn in turns
+    ]

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,8 +31,6 @@ from clinkd.config import ComputeSection
 from clinkd.data.shards import DataError
 from clinkd.train.loop import TrainJob, run_job
 
-KEPT = 2
-"""Tables that a worker keeps: a stage's and the one before."""
 SOON = 10.0
 """Seconds for workers to end that have nothing more to do."""
 
@@ -46,6 +43,7 @@ class Mailbox:
 
         self._jobs: list[Any] = []
         self._settled: list[str] = []
+        self._failures: list[str] = []
         self._closed = False
         self._changed = asyncio.Condition()
 
@@ -80,83 +78,61 @@ class Mailbox:
             await self._changed.wait_for(lambda: number < len(self._settled))
             return self._settled[number]
 
+    async def fail(self, error: str) -> None:
+        """A worker met an error that is not the data's; what follows the first is mostly its effect."""
+        self._failures.append(error)
+
+    async def failure(self) -> str:
+        """The first error since this was asked last; empty where there was none."""
+        found = self._failures[0] if self._failures else ""
+        self._failures.clear()
+        return found
+
     async def close(self) -> None:
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
-class Feeder:
-    """Reads datasets for the workers; an actor with a thread for each.
-
-    A worker's own tasks would inherit its runtime environment, for which Ray starts, and soon ends, processes
-    of their own: half a minute for some kilobytes.
-    """
-
-    def batches(self, rows: Any, how: dict[str, Any]) -> Iterator[Any]:
-        """What ``rows.iter_batches(**how)`` gives, as a stream of objects."""
-        yield from rows.iter_batches(**how)
-
-
-@dataclass(frozen=True)
-class Fed:
-    """A dataset as a worker sees it."""
-
-    feeder: Any
-    rows: Any
-    kept: Path | None = None  # where this process keeps the rows as an Arrow file, or is to
-
-    def iter_batches(self, **how: Any) -> Iterator[Any]:
-        import ray
-
-        stream = self.feeder.batches.options(num_returns="streaming").remote(self.rows, how)
-        for reference in stream:
-            yield ray.get(reference)
-
-
-class Tables:
-    """The last tables of rows that this process read: reading them again takes a pass over the shards."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="clinkd-rows-")
-        self._names: list[str] = []
-
-    def place(self, name: str) -> Path | None:
-        """The file for rows of this name; None for rows without one."""
-        if not name:
-            return None
-        if name in self._names:
-            self._names.remove(name)
-        self._names.append(name)
-        folder = Path(self._folder.name)
-        for old in self._names[:-KEPT]:
-            (folder / f"{old}.arrow").unlink(missing_ok=True)  # whoever has it mapped keeps it
-        self._names = self._names[-KEPT:]
-        return folder / f"{name}.arrow"
+class TrainingFailed(RuntimeError):
+    """Training ended with an error of a worker; the message is its cause in one line."""
 
 
 def serve(config: dict[str, Any]) -> None:
-    """The train function of every worker; ``config``: the actors ``mailbox`` and ``feeder``."""
+    """The train function of every worker; ``config``: the actor ``mailbox``."""
     import ray
     import ray.train
 
-    mailbox, tables = config["mailbox"], Tables()
+    mailbox = config["mailbox"]
     rank = ray.train.get_context().get_world_rank()
     number = ray.get(mailbox.settled.remote())
     while True:
         posted = ray.get(mailbox.job.remote(number))
         if posted is None:
             return
-        job, rows = ray.get(posted[0])
+        job = ray.get(posted[0])
         try:
-            run_job(job, None if rows is None else Fed(config["feeder"], rows, tables.place(job.rows)))
+            run_job(job)
         except DataError as error:
             ray.get(mailbox.settle.remote(number, str(error)))
             raise  # the other ranks wait in a collective for this one
+        except Exception as error:
+            ray.get(mailbox.fail.remote(f"{job.stage}, worker {rank}: {in_one_line(error)}"))
+            raise
         if rank == 0:
             ray.get(mailbox.settle.remote(number, ""))
-        del job, rows, posted
+        del job, posted
         number += 1
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's innermost cause: its kind, the first line of what it says, and the line of code."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
+    return f"{type(error).__name__}: {said[:300]}{place}"
 
 
 class Crew:
@@ -169,7 +145,6 @@ class Crew:
     def __init__(self, compute: ComputeSection, storage: Path) -> None:
         self.compute, self.storage = compute, storage
         self._mailbox: Any = None
-        self._feeder: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -181,30 +156,27 @@ class Crew:
     ) -> None:
         self.close(wait=error is None)
 
-    def fit(self, job: TrainJob, rows: Any) -> None:
+    def fit(self, job: TrainJob) -> None:
         """Runs a job; one that was cut off goes on from its last checkpoint in ``job.work``.
-
-        Args:
-            rows: Ray Dataset of records, handed whole to every worker; or None.
 
         Raises:
             DataError: a worker met a record that cannot be fed.
-            ray.train.TrainingFailedError: workers failed more often than ``compute.max_failures`` allows.
+            TrainingFailed: workers failed more often than ``compute.max_failures`` allows.
         """
         job.stop.unlink(missing_ok=True)
         with _announced(job):
-            self._fit(job, rows)
+            self._fit(job)
 
     def start(self) -> None:
         """Start the workers, if they are not there; returns at once."""
         if self._thread is None:
             self._start()
 
-    def _fit(self, job: TrainJob, rows: Any) -> None:
+    def _fit(self, job: TrainJob) -> None:
         import ray
 
         self.start()
-        number = ray.get(self._mailbox.post.remote([ray.put((job, rows))]))
+        number = ray.get(self._mailbox.post.remote([ray.put(job)]))
         settled = self._mailbox.outcome.remote(number)
         try:
             self._await(settled, job)
@@ -221,8 +193,25 @@ class Crew:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not ray.wait([settled], timeout=0.2)[0]:
             if self._thread is not None and not self._thread.is_alive():
-                self._forget()
-                raise self._error or RuntimeError(f"train: the workers ended before {job.stage} was done")
+                raise self._failed(job)
+
+    def _failed(self, job: TrainJob) -> TrainingFailed:
+        """What ended the workers, as a person reads it."""
+        import ray
+
+        found = ""
+        with contextlib.suppress(Exception):  # the mailbox may be gone with its node
+            found = ray.get(self._mailbox.failure.remote(), timeout=SOON)
+        error = self._error
+        self._forget()
+        if not found:
+            cause = "the workers ended without a word" if error is None else in_one_line(error)
+            found = f"{job.stage}: {cause}"
+        logs = ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
+        return TrainingFailed(
+            f"{found}; the same command goes on from the last checkpoint (workers' logs: "
+            f"/tmp/ray/{logs or 'session_latest'}/logs on their node, or `ray logs`)"
+        )
 
     def _save(self, settled: Any, job: TrainJob) -> None:
         """Has the workers end after their step, with a checkpoint; a second signal does not wait for it."""
@@ -235,13 +224,9 @@ class Crew:
         import ray
 
         self._error = None
-        threads = self.compute.workers
         here = cluster.beside_the_driver()
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, **here).remote()
-        self._feeder = ray.remote(Feeder).options(
-            num_cpus=0, max_concurrency=threads, max_restarts=3, **here
-        ).remote()  # fmt: skip
-        actors = {"mailbox": self._mailbox, "feeder": self._feeder}
+        actors = {"mailbox": self._mailbox}
         trainer = _trainer(self.compute, actors, self.storage)
 
         def run() -> None:
@@ -270,7 +255,7 @@ class Crew:
         self._forget()
 
     def _forget(self) -> None:
-        self._mailbox = self._feeder = self._thread = None
+        self._mailbox = self._thread = None
 
 
 @contextlib.contextmanager

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from clinkd.data.records import sample_id
+from clinkd.data.feed import Arrays
+from clinkd.data.index import RecordIndex
+from clinkd.data.sampler import Batch
 from clinkd.data.shards import DataError
 from clinkd.distill.curriculum import admitted_margin
 from clinkd.distill.losses import DistillLoss, distill_loss, distill_loss_topk
 from clinkd.distill.summary import tail_at
 from clinkd.distill.teacher_cache import TeacherCache
 from clinkd.model.guided import GuidedModel
+from clinkd.train.feed import FeedSpec
 from clinkd.train.flops import Work
-from clinkd.train.ledger import Group
+from clinkd.train.targets import SAID
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
 
@@ -97,34 +101,26 @@ class DistillSpec:
 class DistillTask(SupervisedTask):
     """Turns with the cache's answers and what the teacher says at their tokens, admitted by its margin.
 
-    A turn under the admitted margin waits for a later epoch; of a group in which all wait, the one of
-    which the teacher is surest stays. A turn whose pseudo-label was refused never comes; where a batch
-    has no other, the surest turn of all stands in, so that no rank is ever without work.
+    A turn under the admitted margin waits for a later epoch, and a batch is the smaller for it; one whose
+    pseudo-label was refused never comes.
 
     Raises:
         DataError: every pseudo-label was refused, and there is no truth.
     """
 
-    def __init__(
-        self, rows: Any, scratch: Path, spec: VqaSpec, distill: DistillSpec, zero_stage: int = 0
-    ) -> None:
-        super().__init__(rows, scratch, spec, zero_stage)
-        self.distill, self.cache = distill, TeacherCache(Path(distill.cache), scratch)
-        margins = self.cache.margins
-        if not margins:
+    def __init__(self, spec: VqaSpec, source: FeedSpec, distill: DistillSpec, zero_stage: int = 0) -> None:
+        super().__init__(spec, source, zero_stage)
+        self.distill, self.cache = distill, TeacherCache(Path(distill.cache))
+        if not len(self.cache):
             raise DataError("label: nothing to learn from, every pseudo-label was refused (see its counts)")
-        self.margins = np.array(list(margins.values()))
-        record, _, turn = max(margins, key=lambda name: margins[name]).rpartition("#")
-        self.surest: Group = (self.ids.index(record), (int(turn),))
+        self.margins = self.cache.margins
+        self.curriculum = Curriculum(source.records(), self.cache)
 
     def build(self) -> nn.Module:
         return DistillLossModule(
             self.load(), self.spec.chunk_size, self.cache.head, self.distill.options, zero3=self.zero3,
             vocabulary=self.cache.form.vocabulary,
         )  # fmt: skip
-
-    def answer(self, record: int, turn: int) -> str:
-        return str(self.cache.answers[sample_id(self.ids[record], turn)])
 
     def bar(self, step: int, total: int) -> float:
         """The smallest margin that is admitted."""
@@ -137,21 +133,52 @@ class DistillTask(SupervisedTask):
         bar = self.bar(step, total)
         return {"admitted_margin": bar, "admitted_share": float((self.margins >= bar).mean())}
 
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        admitted = self.admitted(groups, step, total)
-        inputs, tokens = super().batch(admitted, step, total)
-        return inputs | self.cache.read(self.names(admitted)), tokens
+    def choose(self, batch: Batch, lane: int, step: int, total: int) -> Batch:
+        return self.curriculum.admit(batch, self.bar(step, total))
 
-    def admitted(self, groups: list[Group], step: int, total: int) -> list[Group]:
-        """What of some groups is learned from in a step."""
-        bar = self.bar(step, total)
-        found = [(record, self._admit(record, turns, bar)) for record, turns in groups]
-        return [group for group in found if group[1]] or [self.surest]
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        said = take_said(arrays, self.cache)
+        inputs, tokens = super().arguments(arrays, batch, step, device)
+        return inputs | said, tokens
 
-    def _admit(self, record: int, turns: tuple[int, ...], bar: float) -> tuple[int, ...]:
-        names = {turn: sample_id(self.ids[record], turn) for turn in turns}
-        margins = {turn: self.cache.margins[name] for turn, name in names.items() if name in self.cache}
-        if not margins:
-            return ()
-        kept = tuple(turn for turn, margin in margins.items() if margin >= bar)
-        return kept or (max(margins, key=lambda turn: margins[turn]),)
+
+def take_said(arrays: Arrays, cache: TeacherCache) -> dict[str, Tensor]:
+    """What a cache says of a batch's answer tokens, out of the batch's arrays; none where nothing came."""
+    kept = {name: arrays.pop(SAID + name).tobytes() for name in cache.form.columns if SAID + name in arrays}
+    return cache.unpack(kept) if kept else {}
+
+
+class Curriculum:
+    """Which documents of an index the teacher is how sure of.
+
+    A conversation's margin is the mean of its turns'.
+    """
+
+    def __init__(self, index: RecordIndex, cache: TeacherCache) -> None:
+        margins = np.full(int(index.starts[-1]), np.nan, np.float32)
+        numbers = index.turn_numbers(cache.samples)
+        known = numbers >= 0
+        margins[numbers[known]] = cache.margins[known]
+        self._starts = index.starts[:-1]
+        if len(index.documents) and not np.array_equal(index.documents, index.turns):  # conversations
+            there = ~np.isnan(margins)
+            sums = np.add.reduceat(np.where(there, margins, 0), self._starts)
+            counts = np.add.reduceat(there.astype(np.float32), self._starts)
+            margins = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)
+            self._starts = np.arange(len(index))
+        self._margins = margins
+
+    def admit(self, batch: Batch, bar: float) -> Batch:
+        """What of a batch's documents has a margin of ``bar`` at least; see ``DistillTask``."""
+        sequences = []
+        for sequence in batch.sequences:
+            found = [(record, self._admit(record, documents, bar)) for record, documents in sequence]
+            if kept := tuple(group for group in found if group[1]):
+                sequences.append(kept)
+        return replace(batch, sequences=tuple(sequences))
+
+    def _admit(self, record: int, documents: tuple[int, ...], bar: float) -> tuple[int, ...]:
+        margins = self._margins[self._starts[record] + np.array(documents)]
+        return tuple(np.array(documents)[margins >= bar].tolist())  # nothing is >= where there is no margin

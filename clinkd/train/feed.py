@@ -1,179 +1,160 @@
-"""Training batches as a stream: each rank draws its own from the shards, through Ray Data, while it trains.
+"""A rank's batches while it trains: which they are, made by whom, and as the loss module's arguments.
 
 Decisions:
-- Decoding, resizing and tokenizing happen in Ray Data tasks (train/batches.py); a worker's own part is
-  one multiply and add per pixel, on its device. What stands in a batch is decided by the plan
-  (data/plan.py).
-- Where a rank stands is (epoch, ranks and batches of it so far): a resumed run plans the epoch again and
-  starts its pipeline at the next batch. With another number of ranks it plans what is left.
+- What stands in a batch follows from the sampler (data/sampler.py) and from what the stage does with it in a
+  step (``Fed.choose``); both are pure functions, so that a resumed run needs no more than where it
+  stands: the epoch, and the batches of each lane done of it.
+- A rank works off the lanes that are its own, whatever the number of ranks was when the stage began.
+- Decoding, resizing and tokenizing happen where ``Resources`` says; a worker's own part is one multiply and
+  add per pixel, on its device, and for a frozen tower not even that for an image that it has seen.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from clinkd.data.feed import Arrays, Resources, Shards, jobs, stream
-from clinkd.data.plan import Batch, LengthIndex, Past, PlanOptions, plan_epoch
+from clinkd.data.feed import Arrays, Maker, Order, Resources, order_of, stream
+from clinkd.data.index import RecordIndex
 from clinkd.data.records import sample_id
-from clinkd.model.pixels import Numbers
-from clinkd.train.batches import BatchSpec
-from clinkd.train.tasks import SupervisedTask, VqaSpec
+from clinkd.data.sampler import Batch, BatchSampler, Position, SamplerOptions
+from clinkd.data.shards import Shards
+
+if TYPE_CHECKING:
+    from clinkd.data.reading import Records
 
 
 @dataclass(frozen=True)
-class StreamSpec:
+class FeedSpec:
     """How a stage is fed from the shards; travels to the workers by value."""
 
-    batch: BatchSpec
-    options: PlanOptions
-    index: str  # file of the LengthIndex, seen by every worker
+    maker: Maker
+    options: SamplerOptions
+    index: str  # file of the RecordIndex, seen by every worker
     shards: Shards
     resources: Resources = field(default_factory=Resources)
 
-    def rounds(self, epoch: int, world: int, past: Past = ()) -> int:
-        """Batches of each rank in an epoch."""
-        return len(plan_epoch(self.lengths, self.options, epoch, world, past)[0])
-
-    def steps(self, epochs: float, accumulation: int, world: int) -> int:
-        """Optimiser steps that ``epochs`` take; each epoch has its own number of batches."""
-        whole = int(epochs)
-        batches: float = sum(self.rounds(epoch, world) for epoch in range(whole))
-        if epochs > whole:
-            batches += (epochs - whole) * self.rounds(whole, world)
-        return max(1, math.ceil(batches / accumulation))
-
-    @property
-    def lengths(self) -> LengthIndex:
+    def records(self) -> RecordIndex:
         return _index(self.index)
+
+    def sampler(self, lanes: int) -> BatchSampler:
+        return BatchSampler(self.records(), self.options, lanes)
 
 
 @lru_cache(maxsize=2)
-def _index(path: str) -> LengthIndex:
-    return LengthIndex.read(path)
+def _index(path: str) -> RecordIndex:
+    return RecordIndex.read(path)
 
 
-@dataclass
-class Position:
-    """Where a run stands in the stream: the epoch, and (ranks, batches of each rank) done of it."""
-
-    epoch: int = 0
-    past: list[list[int]] = field(default_factory=list)
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Stream:
-    """One rank's batches, endlessly through the epochs, from a position on.
+@dataclass(frozen=True)
+class Share:
+    """What of a stage's batches is one rank's, and from where on.
 
     Args:
-        limit: batches that will be asked for at most; the pipeline makes no more.
+        lanes: rows of batches that the stage was begun with. accumulation: batches of a lane in a step.
+        places: the rank's micro-batches of a step, numbered over lanes first; None: one that counts nothing.
+        step: steps done; steps: of the stage; end: no batch is made for a step after it.
+        state: of a feed that went before.
     """
 
-    def __init__(
-        self, spec: StreamSpec, rank: int, world: int, limit: int, state: dict[str, Any] | None = None
-    ):
-        self.spec, self.rank, self.world, self.limit = spec, rank, world, limit
-        self.position = Position(**state) if state else Position()
-        self._rounds: dict[int, int] = {}
-        self._dealt: deque[Batch] = deque()  # asked for, and not yet given
-        past = self.position.past
-        if not past or past[-1][0] != world:
-            past.append([world, 0])
-            before: Past = tuple((ranks, done) for ranks, done in past[:-1])
-            if not spec.rounds(self.position.epoch, world, before):
-                self.position = Position(self.position.epoch + 1, [[world, 0]])
-        self._batches = self._run()
-
-    def __iter__(self) -> Iterator[Arrays]:
-        return self
-
-    def __next__(self) -> Arrays:
-        arrays = next(self._batches)
-        self.last = self._dealt.popleft()
-        self._advance()
-        return arrays
-
-    def planned(self) -> Iterator[Batch]:
-        """What is to come, without reading it."""
-        epoch, past = self.position.epoch, self.position.past
-        before: Past = tuple((ranks, batches) for ranks, batches in past[:-1])
-        done = past[-1][1]
-        while True:
-            ranks = plan_epoch(self.spec.lengths, self.spec.options, epoch, self.world, before)
-            self._rounds[epoch] = len(ranks[self.rank])
-            yield from ranks[self.rank][done:]
-            epoch, before, done = epoch + 1, (), 0
-
-    def _run(self) -> Iterator[Arrays]:
-        def noted() -> Iterator[Batch]:
-            for batch in islice(self.planned(), self.limit):
-                self._dealt.append(batch)
-                yield batch
-
-        work = jobs(self.spec.lengths, noted())
-        yield from stream(work, self.spec.shards, self.spec.batch.make, self.spec.resources)
-
-    def _advance(self) -> None:
-        self.position.past[-1][1] += 1
-        if self.position.past[-1][1] >= self._rounds[self.position.epoch]:
-            self.position = Position(self.position.epoch + 1, [[self.world, 0]])
+    lanes: int
+    accumulation: int
+    places: tuple[int | None, ...]
+    step: int
+    steps: int
+    end: int
+    state: dict[str, Any] | None = None
 
 
-class StreamTask(SupervisedTask):
-    """Turns with their true answers, drawn from the shards while training."""
+@dataclass(frozen=True)
+class _Planned:
+    """A batch under way; ``after``: where the stage stands when its step is done, with the step's last."""
 
-    keeps = False  # a stream brings every image's pixels anew
+    batch: Batch
+    after: Position | None
 
-    def __init__(self, spec: VqaSpec, source: StreamSpec, zero_stage: int = 0) -> None:
-        self.source = source
-        self.prepare(spec, zero_stage)
 
-    def feed(
-        self, rank: int, world: int, limit: int, state: dict[str, Any] | None, device: torch.device
-    ) -> Feed:
-        """The micro-batches of ``rank`` from ``state`` on, at most ``limit`` of them."""
-        return Feed(Stream(self.source, rank, world, limit, state), self, device)
+@dataclass(frozen=True)
+class InTask:
+    """A maker in a task of its own: beside others, each on one thread."""
+
+    maker: Maker
+
+    def make(self, order: Order, records: Records) -> Arrays:
+        torch.set_num_threads(1)
+        return self.maker.make(order, records)
+
+
+class Fed(Protocol):
+    """What a stage does with its batches."""
+
+    def choose(self, batch: Batch, lane: int, step: int, total: int) -> Batch:
+        """What of a batch of the sampler is trained on in a step, or in its place."""
+
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        """The loss module's arguments of a batch's arrays, and the tokens that its sums are over."""
 
 
 class Feed:
-    """A stream's batches as the loss module's arguments."""
+    """One rank's micro-batches, to the end of its stage."""
 
-    def __init__(self, source: Stream, task: StreamTask, device: torch.device) -> None:
-        self.source, self.task = source, task
-        self.numbers = Numbers(task.processor, device)
+    def __init__(self, task: Fed, spec: FeedSpec, share: Share, device: torch.device) -> None:
+        self.task, self.spec, self.share, self.device = task, spec, share, device
+        self.position = Position(**share.state) if share.state else Position()
+        self.step = share.step
+        self._sampler = spec.sampler(share.lanes)
+        self._planned: deque[_Planned] = deque()  # asked for, and not yet given
+        maker = InTask(spec.maker) if spec.resources.tasks else spec.maker
+        self._batches = stream(self._orders(), spec.shards, maker, spec.resources)
+        self._last: Batch | None = None
 
     def state(self) -> dict[str, Any]:
-        return self.source.position.state()
+        """Where it stands; JSON values. To be asked for between steps."""
+        return asdict(self.position)
 
     def names(self) -> list[str]:
         """The samples of the batch last given; of conversations, RECORD#0 stands for all turns."""
-        ids = self.source.spec.lengths.ids
-        sequences = self.source.last.sequences
-        return [
-            sample_id(ids[record], document)
-            for sequence in sequences for record, documents in sequence for document in documents
-        ]  # fmt: skip
+        assert self._last is not None
+        index = self.spec.records()
+        return [sample_id(index.id(record), turn) for record, turns in self._last.groups for turn in turns]
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], int, int]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int, int, bool]]:
         return self
 
-    def __next__(self) -> tuple[dict[str, Any], int, int]:
-        """(arguments, tokens that the loss is over, turns)."""
-        arrays = dict(next(self.source))
-        pixels = self.numbers(arrays.pop("pixels"), arrays.pop("channels"), arrays["image_grid_thw"])
+    def __next__(self) -> tuple[dict[str, Any], int, int, bool]:
+        """(arguments, tokens that the loss is over, samples, whether it counts)."""
+        arrays = dict(next(self._batches))
+        planned = self._planned.popleft()
+        self._last = planned.batch
         samples = int(arrays.pop("samples")[0])
-        # Copies: the arrays lie in the object store, where torch may not write.
-        inputs: dict[str, Any] = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
-        inputs |= {"pixel_values": pixels, "attention_mask": None}
-        if self.task.spec.coordinate_weight != 1:
-            inputs["coordinates"] = self.task.coordinates(inputs["labels"])
-        return inputs, int((inputs["labels"][:, 1:] != -100).sum()), samples
+        arguments, tokens = self.task.arguments(arrays, planned.batch, self.step, self.device)
+        if planned.after is not None:
+            self.position, self.step = planned.after, self.step + 1
+        return arguments, tokens, samples, samples > 0
+
+    def _orders(self) -> Iterator[Order]:
+        share, index = self.share, self.spec.records()
+        rounds = self._sampler.walk(self.position)
+        for step in range(share.step, share.end):
+            found = list(islice(rounds, share.accumulation))
+            after = Position(found[-1].epoch, found[-1].round + 1)
+            for number, place in enumerate(share.places):
+                batch = self._batch(found, place, step)
+                last = number == len(share.places) - 1
+                self._planned.append(_Planned(batch, after if last else None))
+                yield order_of(index, batch, step)
+
+    def _batch(self, rounds: list[Position], place: int | None, step: int) -> Batch:
+        if place is None:
+            return Batch((rounds[0].epoch, 0), ())
+        position, lane = rounds[place // self.share.lanes], place % self.share.lanes
+        batch = self._sampler.batch(position, lane)
+        return self.task.choose(batch, lane, step, self.share.steps)

@@ -15,6 +15,8 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +25,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clinkd.data.feed import Arrays, Order
+from clinkd.data.reading import Kept, Place, Records
 from clinkd.data.regions import Pair, coverage, covered, region_pairs
+from clinkd.data.sampler import Batch
 from clinkd.model.first_weights import begin_layers
+from clinkd.model.pixels import Patches, blank, join, load_processor
 from clinkd.model.tiny_guide import TinyGuide
+from clinkd.train.batches import KEYS, Pictures
 from clinkd.train.flops import Work
-from clinkd.train.ledger import Group
-from clinkd.train.tasks import SupervisedTask, VqaSpec
+from clinkd.train.tasks import SupervisedTask
 
+TAUGHT_KEPT = 32 << 20
+"""Bytes of what records teach, and of phrases' tokens, that a maker keeps."""
 TEXT_WEIGHT, HEADS_WEIGHT, BAG_WEIGHT = 0.1, 1.0, 0.5
 
 
@@ -94,31 +102,45 @@ class Taught(NamedTuple):
     spoken: list[tuple[str, np.ndarray]]  # longer texts and the patches they speak of, box by box
 
 
-class GuideTask(SupervisedTask):
+@dataclass(frozen=True)
+class GuideBatchSpec:
+    """What makes a guide's batch of records; travels to the tasks by value."""
+
+    model: str  # folder of tokenizer and preprocessor_config.json
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def make(self, order: Order, records: Records) -> Arrays:
+        """A batch as arrays; see ``GuideBatchMaker.batch``."""
+        return _maker(self).batch(order, records)
+
+
+@lru_cache(maxsize=1)
+def _maker(spec: GuideBatchSpec) -> GuideBatchMaker:
+    return GuideBatchMaker(spec)
+
+
+class GuideBatchMaker:
     """Whole records: every region of an image with every phrase."""
 
-    keeps = False  # its loss takes pixels
+    def __init__(self, spec: GuideBatchSpec) -> None:
+        from transformers import AutoTokenizer
 
-    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
-        super().__init__(rows, scratch, spec, zero_stage)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
+        self.pictures = Pictures(self.processor)
         # Of records, phrases and coordinates: each is dealt many times and always the same.
-        self._kept: dict[int, Taught] = {}
-        self._tokens: dict[str, list[int]] = {}
+        self._kept = Kept(TAUGHT_KEPT)
+        self._tokens = Kept(TAUGHT_KEPT)
         self._written: dict[int, int] = {}
 
-    def build(self) -> nn.Module:
-        model = self.load()
-        # The text layers and the head take no part; frozen, they cost the optimiser nothing.
-        model.requires_grad_(False)
-        if self.spec.train_vision:
-            model.model.visual.requires_grad_(True)
-            model.get_input_embeddings().weight.requires_grad_(True)
-        return GuideLoss(TinyGuide(model))
-
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        records = list(dict.fromkeys(record for record, _ in groups))
-        shown = [_first(*self.images[record]) for record in records]
-        taught = [self._taught(record, grid) for record, (_, grid) in zip(records, shown, strict=True)]
+    def batch(self, order: Order, records: Records) -> Arrays:
+        """The images as ``pixels.join`` gives them with their ``KEYS``, and ``GuideLoss.forward``'s other
+        arguments; ``samples`` [1] counts images."""
+        places = list(dict.fromkeys(asked.place for sequence in order.sequences for asked in sequence))
+        found = [self._record(place, records) for place in places]
+        shown = [patches for patches, _, _ in found] or [blank(self.processor)]
+        taught = [one for _, _, one in found] or [Taught(1, [], [], [], [], [], [])]
         texts = {text: at for at, text in enumerate(dict.fromkeys(t for one in taught for t in one.phrases))}
         names = {name: at for at, name in enumerate(dict.fromkeys(n for one in taught for n in one.names))}
         offsets = np.concatenate([[0], np.cumsum([one.cells for one in taught])]).tolist()
@@ -132,45 +154,74 @@ class GuideTask(SupervisedTask):
         owners = [names[name] for one in taught for name in one.owners]
         numbers = [tokens for one in taught for tokens in one.numbers]
         ids, mask = self._phrases(list(texts) or [""])
-        inputs = {
-            "pixel_values": torch.cat([values for values, _ in shown]),
-            "image_grid_thw": torch.stack([grid for _, grid in shown]),
+        return join(shown) | {
+            KEYS: np.array([key for _, key, _ in found] or [b"blank"]),
             "phrase_ids": ids, "phrase_mask": mask,
-            "names": torch.tensor([texts[name] for name in names], dtype=torch.long),
-            "regions": torch.tensor(regions, dtype=torch.long),
-            "owners": torch.tensor(owners, dtype=torch.long),
-            "numbers": torch.tensor(numbers, dtype=torch.long).reshape(-1, 4),
-            "labels": torch.from_numpy(labels), "known": torch.from_numpy(known),
+            "names": np.array([texts[name] for name in names], np.int64),
+            "regions": np.array(regions, np.int64), "owners": np.array(owners, np.int64),
+            "numbers": np.array(numbers, np.int64).reshape(-1, 4),
+            "labels": labels, "known": known, "samples": np.array([len(found)]),
         }  # fmt: skip
-        return inputs, max(1, len(regions))
 
-    def _taught(self, record: int, grid: Tensor) -> Taught:
-        """What a record teaches; the same each time it is dealt, so made once."""
-        if record not in self._kept:
-            _, rows, columns = (grid // torch.tensor([1, 2, 2])).tolist()
-            self._kept[record] = _taught(region_pairs(self.table.turns(record)), rows, columns, self._number)
-        return self._kept[record]
+    def _record(self, place: Place, records: Records) -> tuple[Patches, bytes, Taught]:
+        """The first of a record's images, its key, and what it teaches."""
+        row = records.row(place)
+        shown = self.pictures.of(row["id"], place, records)
+        patches, key = shown.patches[0], shown.keys[0]
+        taught = self._kept.get(records.name(place))
+        if taught is None:
+            _, rows, columns = patches.grid
+            merge = self.processor.merge_size
+            taught = _taught(region_pairs(row["turns"]), rows // merge, columns // merge, self._number)
+            self._kept.put(records.name(place), taught, 4096)
+        return patches, key, taught
 
-    def _phrases(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of phrases, padded on the right, and their mask; [P, L] each."""
-        for text in texts:
-            if text not in self._tokens:
-                # A leading space: the tokens of words inside a sentence.
-                self._tokens[text] = self.tokenizer(f" {text}")["input_ids"]
-        found = [self._tokens[text] for text in texts]
+    def _phrases(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of phrases, padded on the right, and their mask; int64 [P, L] each."""
+        found = [self._phrase(text) for text in texts]
         longest = max(len(tokens) for tokens in found)
-        ids = torch.full((len(found), longest), self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
+        ids = np.full((len(found), longest), self.tokenizer.pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
         for row, tokens in enumerate(found):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+            ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def _phrase(self, text: str) -> list[int]:
+        found = self._tokens.get(text)
+        if found is None:
+            # A leading space: the tokens of words inside a sentence.
+            found = self.tokenizer(f" {text}")["input_ids"]
+            self._tokens.put(text, found, 16 * len(found) + 200)
+        return list(found)
 
     def _number(self, value: int) -> int:
         """The (first) token that writes a coordinate."""
         if value not in self._written:
             self._written[value] = int(self.tokenizer.encode(str(value), add_special_tokens=False)[0])
         return self._written[value]
+
+
+class GuideTask(SupervisedTask):
+    """The tower, the embeddings and the guide's own weights; see ``GuideLoss``."""
+
+    keeps = False  # its loss takes pixels
+
+    def build(self) -> nn.Module:
+        model = self.load()
+        # The text layers and the head take no part; frozen, they cost the optimiser nothing.
+        model.requires_grad_(False)
+        if self.spec.train_vision:
+            model.model.visual.requires_grad_(True)
+            model.get_input_embeddings().weight.requires_grad_(True)
+        return GuideLoss(TinyGuide(model))
+
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        pictures = self.pictures(arrays, arrays.pop(KEYS), device)
+        inputs = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
+        return inputs | pictures, max(1, len(inputs["regions"])) if batch.sequences else 0
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Write a model folder with the trained tower and embeddings, and the guide's own weights next to it.
@@ -189,11 +240,6 @@ class GuideTask(SupervisedTask):
             begin_layers(model, self.tokenizer, list(guide.heads.parameters()))
         save_model(model, self.tokenizer, self.processor, out)
         save_guide(guide, out)
-
-
-def _first(values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches and grid [3] of the first of a record's images."""
-    return values[: int(grids[0].prod())], grids[0]
 
 
 def _taught(pairs: list[Pair], rows: int, columns: int, number: Callable[[int], int]) -> Taught:

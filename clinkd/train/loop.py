@@ -1,4 +1,4 @@
-"""One loop for every stage that trains: Ray Train workers, a DeepSpeed engine, the ledger, checkpoints.
+"""One loop for every stage that trains: Ray Train workers, a DeepSpeed engine, a feed, checkpoints.
 
 Decisions:
 - What a stage *is* (model, batches, loss) stands in a :class:`Task`; the loop knows only this interface, so
@@ -18,22 +18,34 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clinkd.config import ComputeSection, OptimSection, WatchSection
-from clinkd.train.ledger import Group, Ledger
 
 if TYPE_CHECKING:
+    from clinkd.train.feed import Share
     from clinkd.train.meter import Totals
 
 PREEMPTIONS = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 ASKED = 10.0  # seconds between questions to Ray Train, which all ranks ask together
+
+
+class Batches(Protocol):
+    """A rank's micro-batches, to the end of its stage."""
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int, int, bool]]:
+        """(the module's arguments, tokens (or items) that its sums are over, samples, whether it counts)."""
+
+    def names(self) -> list[str]:
+        """The samples of the batch last given; asked for by ``watch.samples`` alone."""
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands between two steps, for a ``Share`` to go on from; JSON values."""
 
 
 class Task(Protocol):
@@ -42,20 +54,12 @@ class Task(Protocol):
     def build(self) -> Any:
         """The torch module whose forward takes one batch and returns {"loss": sum, ...sums} as scalars."""
 
-    def turn_counts(self) -> Sequence[int]:
-        """Turns of each record, for the ledger."""
+    def feed(self, share: Share, device: Any) -> Batches:
+        """This rank's micro-batches."""
 
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        """The module's arguments for these groups, and the tokens (or items) its sums are over."""
-
-    def names(self, groups: list[Group]) -> list[str]:
-        """The samples of these groups; asked for by ``watch.samples`` alone."""
-
-    # A task with a method ``feed(rank, world, limit, state, device)`` is asked for a stream of micro-batches
-    # in the place of ``turn_counts`` and ``batch``; see train/feed.py.
-
-    # A task with a method ``facts(step, total) -> dict[str, float]`` has these put into the metrics, in the
-    # step's line. They follow from the step alone, so that a resumed run writes the same.
+    def facts(self, step: int, total: int) -> dict[str, float]:
+        """What goes into a step's line of the metrics; it follows from the step alone, so that a resumed run
+        writes the same."""
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes the trained model, ``state`` being the whole state dict of the module; rank 0 only."""
@@ -66,7 +70,7 @@ class TrainJob:
     """Everything a worker needs; it travels by value."""
 
     stage: str
-    make_task: Callable[[Any, Path], Task]  # (rows of Ray Data, scratch folder of this node) -> Task
+    make_task: Callable[[], Task]
     optim: OptimSection
     compute: ComputeSection
     zero_stage: int
@@ -74,7 +78,6 @@ class TrainJob:
     seed: int
     out: str  # where rank 0 writes the model and metrics; seen by driver and workers
     work: str  # where checkpoints lie while the job is under way; seen by all workers
-    rows: str = ""  # names the rows: jobs of one name read the same
     until: int | None = None  # ends there, before ``steps``, with a checkpoint and the model in ``paused``
     dealt: int = 0  # workers that the batches are dealt for; 0: those there are
     store: str | None = None  # where copies of the checkpoints go
@@ -96,8 +99,8 @@ class TrainJob:
         return Path(self.work) / self.stage / "stop"
 
 
-def run_job(job: TrainJob, rows: Any) -> None:
-    """A job on this worker of Ray Train; ``rows``: for the task, with a dataset's ``iter_batches``."""
+def run_job(job: TrainJob) -> None:
+    """A job on this worker of Ray Train."""
     import gc
 
     import ray.train
@@ -111,12 +114,10 @@ def run_job(job: TrainJob, rows: Any) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     metrics.about(run=job.run, stage=job.stage, rank=str(rank))
     set_seeds(job.seed)
-    with tempfile.TemporaryDirectory(prefix="clinkd-") as scratch:
-        task = job.make_task(rows, Path(scratch))
-        worker = Worker(job, task, rank, world)
-        worker.run()
-        worker.engine.destroy()
-        del task, worker
+    worker = Worker(job, job.make_task(), rank, world)
+    worker.run()
+    worker.engine.destroy()
+    del worker
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -127,7 +128,7 @@ class Worker:
 
     engine: Any
     meter: Any
-    feed: Any = None
+    feed: Batches
 
     def __init__(self, job: TrainJob, task: Task, rank: int, world: int) -> None:
         import torch.distributed as dist
@@ -141,9 +142,6 @@ class Worker:
         import_engine(job.compute)
         self.libraries_gib = begin_memory()
         self.task, self.rank, self.world = task, rank, world
-        self.streams = hasattr(task, "feed")
-        if not self.streams:
-            self.ledger = Ledger(task.turn_counts(), job.optim.questions_per_image, job.seed)
         self._deal(job)
         self.metrics = Path(job.out) / "metrics.jsonl"
         self.checkpoints = Checkpoints(Path(job.work) / job.stage, rank, dist.barrier, world)
@@ -156,7 +154,7 @@ class Worker:
             self.offsite = Offsite(
                 job.store, self.checkpoints.folder, lambda text: self.guard.say("store", self.step, text)
             )
-        self.step = self.consumed = 0
+        self.step = 0
         self._own, self._looked, self._saved = 0.0, time.monotonic(), 0
 
     def _deal(self, job: TrainJob) -> None:
@@ -231,7 +229,6 @@ class Worker:
             sums, totals = self._train_step()
             now = time.monotonic()
             self.step += 1
-            self.consumed += self.micros * self.job.optim.batch_size
             seen += totals.samples
             self._look(sums, totals, now - begun)
             self._log(sums, totals, now - begun, seen / (now - start))
@@ -247,12 +244,10 @@ class Worker:
 
     def _pass_over(self) -> None:
         """A step that spoilt the weights before: its samples are not trained on."""
-        if self.streams:
-            for _ in islice(self.feed, self.rounds):
-                pass
+        for _ in islice(self.feed, self.rounds):
+            pass
         self.engine.lr_scheduler.step()
         self.step += 1
-        self.consumed += self.micros * self.job.optim.batch_size
 
     def _look(self, sums: dict[str, float], totals: Totals, seconds: float) -> None:
         applied = self.engine.was_step_applied()
@@ -264,23 +259,13 @@ class Worker:
     def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int, int, bool]]:
         """(arguments, tokens, samples, counts) of each accumulation step of this rank.
 
-        Samples are the rows trained on (the guide: images), not those dealt: a curriculum holds some back.
-        One that does not count keeps a rank in step that has no micro-batch of its own left.
+        Samples are what is trained on (questions; the guide: images), not what was dealt: a curriculum holds
+        some back. One that does not count keeps a rank in step that has no micro-batch of its own left.
         """
-        size = self.job.optim.batch_size
-        if self.streams:
-            for arguments, tokens, samples in islice(self.feed, self.rounds):
-                if self.account.kept:
-                    self.account.deal(self.feed.names())
-                yield arguments, tokens, samples, True
-            return
-        for place in self.places:
-            groups = self.ledger.share(self.consumed, place or 0, size)
-            arguments, tokens = self.task.batch(groups, self.step, self.job.steps)
-            samples = len(arguments.get("input_ids", groups))
-            if self.account.kept and place is not None:
-                self.account.deal(self.task.names(groups))
-            yield (arguments, tokens, samples, True) if place is not None else (arguments, 0, 0, False)
+        for arguments, tokens, samples, counts in islice(self.feed, self.rounds):
+            if self.account.kept and counts:
+                self.account.deal(self.feed.names())
+            yield arguments, tokens, samples, counts
 
     def _wishes(self) -> list[float]:
         """With the counts: whether to stop, whether to ask about preemption, each rank's seconds."""
@@ -348,9 +333,8 @@ class Worker:
         line = {"stage": self.job.stage, "step": self.step, "total": self.job.steps}
         line |= measured(self.engine, sums, totals, seconds)
         line |= {"samples_per_s": round(rate, 2), "libraries_gib": self.libraries_gib}
-        if hasattr(self.task, "facts"):
-            facts = self.task.facts(self.step - 1, self.job.steps)
-            line |= {key: round(value, 6) for key, value in facts.items() if math.isfinite(value)}
+        facts = self.task.facts(self.step - 1, self.job.steps)
+        line |= {key: round(value, 6) for key, value in facts.items() if math.isfinite(value)}
         with self.metrics.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
 
@@ -358,9 +342,8 @@ class Worker:
         from clinkd.train.checkpoint import step_name
         from clinkd.train.resume import SHARDS, Begun, Standing
 
-        feed = self.feed.state() if self.streams else None
         begun = Begun(self.job.steps, self.job.dealt or self.world)
-        standing = Standing(self.step, self.consumed, self.world, self.job.zero_stage, begun, feed)
+        standing = Standing(self.step, self.world, self.job.zero_stage, begun, self.feed.state())
 
         def write(folder: Path) -> None:
             self.engine.save_checkpoint(str(folder), tag=SHARDS)
@@ -375,17 +358,21 @@ class Worker:
 
     def _restore(self, folder: Path | None, standing: Any) -> None:
         from clinkd.train.engine import options_of, set_options
+        from clinkd.train.feed import Share
         from clinkd.train.resume import SHARDS
 
-        self.step, self.consumed = (standing.step, standing.consumed) if standing else (0, 0)
+        self.step = standing.step if standing else 0
         if folder is not None:
             options = options_of(self.engine)
             self.engine.load_checkpoint(str(folder), tag=SHARDS)
             set_options(self.engine, options)
-        if self.streams:
-            left = (self.job.steps - self.step) * self.rounds
-            task, state = self.task, standing.feed if standing else None
-            self.feed = task.feed(self.rank, self.world, left, state, self.engine.device)  # type: ignore[attr-defined]
+        self.feed = self.task.feed(
+            Share(
+                self.micros // self.job.optim.accumulation, self.job.optim.accumulation, tuple(self.places),
+                self.step, self.job.steps, self.job.end, standing.feed if standing else None,
+            ),
+            self.engine.device,
+        )  # fmt: skip
 
     def _finish(self) -> None:
         """The whole model on rank 0; all ranks leave together."""

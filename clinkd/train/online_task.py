@@ -7,7 +7,7 @@ Decisions:
 - Such a step has no truth, so no cross-entropy: its loss is a * KD / (1 + a). A token's divergence then
   weighs in both kinds of steps the same, and ``on_policy`` moves where it is looked at, not how much.
 - Which steps sample follows from (seed, step): all ranks agree, and so does a resumed run. What is sampled
-  follows from them and the groups that the ledger dealt.
+  follows from them and the groups that the sampler dealt.
 - Sampled are token ids, and learned from as they are: a text would come back as other tokens. Tokens that
   stand for images are not sampled; the forward pass would look for their patches.
 - Both models see one batch, so they have to share tokens and patches.
@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from clinkd.config import ConfigError
+from clinkd.data.feed import Arrays
+from clinkd.data.sampler import Batch
 from clinkd.distill.losses import distill_loss
 from clinkd.distill.online import OnlineTeacher
 from clinkd.model.chat import collate
@@ -37,8 +38,8 @@ from clinkd.model.generate import generate_ids
 from clinkd.model.guided import GuidedModel
 from clinkd.model.pixels import load_processor
 from clinkd.train.distill_task import DistillSpec, DistillTask
+from clinkd.train.feed import FeedSpec
 from clinkd.train.flops import Work
-from clinkd.train.ledger import Group
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
 SEEN = ("labels", "input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_index")
@@ -100,14 +101,13 @@ class OnlineDistillTask(DistillTask):
 
     def __init__(
         self,
-        rows: Any,
-        scratch: Path,
         spec: VqaSpec,
+        source: FeedSpec,
         distill: DistillSpec,
         online: OnlineSpec,
         zero_stage: int = 0,
     ) -> None:
-        super().__init__(rows, scratch, spec, distill, zero_stage)
+        super().__init__(spec, source, distill, zero_stage)
         self.online = online
 
     def build(self) -> nn.Module:
@@ -119,12 +119,13 @@ class OnlineDistillTask(DistillTask):
         dtype = getattr(torch, self.online.dtype)
         return OnlineTeacher(self.online.teacher, self.student.device, dtype, self.online.zero_stage == 3)
 
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        admitted = self.admitted(groups, step, total)
-        inputs, tokens = SupervisedTask.batch(self, admitted, step, total)
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        inputs, tokens = SupervisedTask.arguments(self, arrays, batch, step, device)
         sampled = self.samples(step)
         if sampled:
-            inputs |= self._sampled(admitted, inputs, step)
+            inputs |= self._sampled(batch, inputs, step)
             tokens = int((inputs["labels"][:, 1:] != -100).sum())
         states = self.teacher.states(**{name: inputs[name] for name in SEEN})
         return inputs | {
@@ -135,13 +136,15 @@ class OnlineDistillTask(DistillTask):
         """Whether a step learns from the student's own answers."""
         return bool(np.random.default_rng([self.online.seed, step]).random() < self.online.on_policy)
 
-    def _sampled(self, groups: list[Group], inputs: Mapping[str, Any], step: int) -> dict[str, Tensor]:
-        """``collate`` of the groups' prompts with answers that the student samples."""
-        asked = [number for record, turns in groups for number in (record, *turns)]
+    def _sampled(self, batch: Batch, inputs: Mapping[str, Any], step: int) -> dict[str, Tensor]:
+        """``collate`` of the batch's prompts with answers that the student samples."""
+        asked = [number for record, turns in batch.groups for number in (record, *turns)]
         seed = int(np.random.default_rng([self.online.seed, step, *asked]).integers(2**63))
-        prompts = [self.encoded(record, turn)[0] for record, turns in groups for turn in turns]
+        prompts = prompts_of(inputs["input_ids"], inputs["labels"]) if asked else []
         scores = {name: inputs[name] for name in ("alignment", "relevance") if name in inputs}
-        with whole(self.student) if self.zero3 else torch.no_grad():
+        with whole(self.student) if self.zero3 else torch.no_grad():  # all ranks, also one without prompts
+            if not prompts:
+                return {}
             written = generate_ids(
                 self.student, self.tokenizer, prompts, inputs["pixel_values"], inputs["image_grid_thw"],
                 inputs["image_index"], max_new_tokens=self.online.max_new_tokens, do_sample=True,
@@ -155,6 +158,12 @@ class OnlineDistillTask(DistillTask):
         config = self.student.config
         ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
         return ids + list(range(len(self.teacher.head), config.text_config.vocab_size))
+
+
+def prompts_of(input_ids: Tensor, labels: Tensor) -> list[list[int]]:
+    """The ids before each row's answer; [B, L] both."""
+    starts = (labels != -100).int().argmax(1).tolist()
+    return [row[:start] for row, start in zip(input_ids.tolist(), starts, strict=True)]
 
 
 @contextmanager

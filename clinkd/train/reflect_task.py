@@ -1,9 +1,9 @@
-"""What the rounds of reflection train on, and the exercises that make a corrector of a teacher."""
+"""What the rounds of reflection train on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clinkd.data.correction import correction_prompt, elaborated
-from clinkd.data.records import sample_id
+from clinkd.data.feed import Arrays
+from clinkd.data.sampler import Batch, Group
+from clinkd.data.shards import DataError
 from clinkd.distill.teacher_cache import TeacherCache
-from clinkd.model.chat import encode
 from clinkd.model.guided import GuidedModel
-from clinkd.train.distill_task import CACHED, loss_against
-from clinkd.train.ledger import Group
+from clinkd.train.distill_task import CACHED, loss_against, take_said
+from clinkd.train.feed import FeedSpec
+from clinkd.train.targets import SOFT
 from clinkd.train.tasks import AnswerLoss, SupervisedTask, VqaSpec
 
 
@@ -26,14 +27,14 @@ class Feedback:
     """What a round learns from; travels to the workers by value.
 
     Attributes:
-        chosen: target text by sample, for what the student had wrong.
+        wrong: samples that the student had wrong; what is to be said to them stands in ``Corrections``.
         share: of the groups in a batch that are about these.
         right: samples that the student had right, and replay: the share of groups that are about them.
         soft: folder of the corrector's states along the true answers, its distribution being the target;
             None: the chosen text is. method: divergence and temperature of ``distill_loss`` then.
     """
 
-    chosen: Mapping[str, str]
+    wrong: Sequence[str]
     share: float
     right: Sequence[str] = ()
     replay: float = 0.0
@@ -42,7 +43,7 @@ class Feedback:
 
 
 class ReflectLossModule(AnswerLoss):
-    """Cross-entropy, and at the answer tokens of soft rows the divergence from the corrector in its place."""
+    """Cross-entropy, and at answer tokens of soft turns the divergence from the corrector in its place."""
 
     corrector_head: Tensor | None
 
@@ -57,15 +58,14 @@ class ReflectLossModule(AnswerLoss):
     def forward(  # type: ignore[override]
         self,
         labels: Tensor,
-        soft_rows: Tensor,
+        soft_tokens: Tensor,
         coordinates: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """``soft_rows`` [B] bool; of their answer tokens ``inputs`` has what the cache says (``CACHED``)."""
+        """``soft_tokens`` bool [N], of the N answer tokens; of these ``inputs`` has what the cache says."""
         said = {name: inputs.pop(name) for name in CACHED if name in inputs}
         hidden, targets = self.hidden(labels, **inputs)
-        answered = labels[:, 1:] != -100
-        soft = soft_rows[:, None].expand_as(answered)[answered]
+        answered, soft = labels[:, 1:] != -100, soft_tokens
         ce = loss = self.cross_entropy(hidden[~soft], targets[~soft])
         if coordinates is not None:
             heavy = coordinates[:, 1:][answered] & ~soft
@@ -82,30 +82,36 @@ class ReflectLossModule(AnswerLoss):
 class ReflectTask(SupervisedTask):
     """The full training data with shares of feedback and of replay.
 
-    A group of the ledger is, with probability ``share``, replaced by one that feedback is about, and with
-    probability ``replay`` by one of what was right. Either brings as many turns as the group it replaces: its
-    own first, then others of the same record, which keep a batch at its size and what is known of the image
-    beside what was not.
+    A group of the sampler is, with probability ``share``, replaced by one that feedback is about, and with
+    probability ``replay`` by one of what was right. Either brings as many documents as the group it replaces:
+    its own first, then others of the same record, which keep a batch at its size and what is known of the
+    image beside what was not.
     """
 
-    def __init__(
-        self, rows: Any, scratch: Path, spec: VqaSpec, feedback: Feedback, zero_stage: int = 0
-    ) -> None:
-        super().__init__(rows, scratch, spec, zero_stage)
-        self.feedback = feedback
-        at = {record: index for index, record in enumerate(self.ids)}
-        self.groups, self.right = self._groups(at, feedback.chosen), self._groups(at, feedback.right)
+    def __init__(self, spec: VqaSpec, source: FeedSpec, feedback: Feedback, zero_stage: int = 0) -> None:
+        super().__init__(spec, source, zero_stage)
+        self.feedback, self.index = feedback, source.records()
+        self.groups, self.right = self._groups(feedback.wrong), self._groups(feedback.right)
         self.share = feedback.share if self.groups else 0.0
         self.replay = feedback.replay if self.right else 0.0
-        self.cache = None if feedback.soft is None else TeacherCache(Path(feedback.soft), scratch)
+        self.cache = None if feedback.soft is None else TeacherCache(Path(feedback.soft))
 
-    @staticmethod
-    def _groups(at: Mapping[str, int], samples: Any) -> list[Group]:
-        turns: dict[int, list[int]] = {}
-        for name in sorted(samples):
-            record, _, turn = name.rpartition("#")
-            turns.setdefault(at[record], []).append(int(turn))
-        return [(record, tuple(found)) for record, found in sorted(turns.items())]
+    def _groups(self, samples: Sequence[str]) -> list[Group]:
+        """The records of samples with their documents among these, in the index's order.
+
+        Raises:
+            DataError: a sample of a record that is not trained on.
+        """
+        names = [name.rpartition("#") for name in sorted(samples)]
+        places = self.index.find([record for record, _, _ in names]).tolist()
+        found: dict[int, list[int]] = {}
+        for place, (record, _, turn) in zip(places, names, strict=True):
+            if place < 0:
+                raise DataError(f"feedback about {record}, which is no record of the training split")
+            document = int(turn) if self.index.documents[place] == self.index.turns[place] else 0
+            if document not in found.setdefault(place, []):
+                found[place].append(document)
+        return [(record, tuple(documents)) for record, documents in sorted(found.items())]
 
     def build(self) -> nn.Module:
         if self.cache is None:
@@ -115,24 +121,13 @@ class ReflectTask(SupervisedTask):
             self.feedback.method,
         )  # fmt: skip
 
-    def answer(self, record: int, turn: int) -> str:
-        name = sample_id(self.ids[record], turn)
-        if self.cache is None and name in self.feedback.chosen:
-            return self.feedback.chosen[name]
-        return super().answer(record, turn)
-
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        # Seeded by what the ledger dealt, so a resumed run draws the same.
-        rng = np.random.default_rng([step, *(record for record, _ in groups)])
-        mixed = [self._instead(group, rng) for group in groups]
-        inputs, tokens = super().batch(mixed, step, total)
-        if self.cache is not None:
-            names = self.names(mixed)
-            soft = [name in self.cache for name in names]
-            inputs["soft_rows"] = torch.tensor(soft)
-            if any(soft):
-                inputs |= self.cache.read([name for name in names if name in self.cache])
-        return inputs, tokens
+    def choose(self, batch: Batch, lane: int, step: int, total: int) -> Batch:
+        # Seeded by what the sampler dealt, so a resumed run draws the same.
+        rng = np.random.default_rng([step, lane, *(record for record, _ in batch.groups)])
+        sequences = tuple(
+            tuple(self._instead(group, rng) for group in sequence) for sequence in batch.sequences
+        )
+        return replace(batch, sequences=sequences)
 
     def _instead(self, group: Group, rng: np.random.Generator) -> Group:
         drawn = rng.random()
@@ -142,40 +137,25 @@ class ReflectTask(SupervisedTask):
             groups = self.right
         else:
             return group
-        record, turns = groups[int(rng.integers(len(groups)))]
-        others = [turn for turn in range(len(self.table.turns(record))) if turn not in turns]
-        ordered = [*rng.permutation(turns).tolist(), *rng.permutation(others).tolist()]
+        record, documents = groups[int(rng.integers(len(groups)))]
+        others = [one for one in range(int(self.index.documents[record])) if one not in documents]
+        ordered = [*rng.permutation(documents).tolist(), *rng.permutation(others).tolist()]
         return record, tuple(ordered[: len(group[1])])
 
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        if self.cache is None:
+            return super().arguments(arrays, batch, step, device)
+        said, soft = take_said(arrays, self.cache), torch.from_numpy(arrays.pop(SOFT).copy())
+        inputs, tokens = super().arguments(arrays, batch, step, device)
+        inputs["soft_tokens"] = soft.repeat_interleave(answer_spans(inputs["labels"]))
+        return inputs | (said if soft.any() else {}), tokens
 
-EXERCISES = 0.5
-"""Share of a corrector's turns that stand as exercises; the others keep it able to look."""
 
-
-class ExerciseTask(SupervisedTask):
-    """The true answers; half of the turns stand as an exercise in correcting.
-
-    An exercise shows the truth and an answer to another image's question of the same task, as the corrector
-    will be shown them, and asks for the truth with where it is (``elaborated``).
-    """
-
-    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, seed: int, zero_stage: int = 0) -> None:
-        super().__init__(rows, scratch, spec, zero_stage)
-        self.seed = seed
-
-    def row(self, record: int, turn: int, step: int, total: int) -> tuple[Sequence[int], Sequence[int]]:
-        rng = np.random.default_rng([self.seed, step, record, turn])
-        if rng.random() >= EXERCISES:
-            return self.encoded(record, turn)
-        asked = self.table.turns(record)[turn]
-        wrong = self._another(asked["task"], int(rng.integers(len(self.ids))))
-        target = elaborated(asked["task"], asked["answer"])
-        if wrong is None or target is None:
-            return self.encoded(record, turn)
-        prompt = correction_prompt(asked["question"], asked["answer"], wrong)
-        tokens = (self.images.grids(record).prod(-1) // self.processor.merge_size**2).tolist()
-        return encode(self.tokenizer, prompt, target, tokens)
-
-    def _another(self, task: str, record: int) -> str | None:
-        """An answer to a question of ``task`` about ``record``; None where there is none."""
-        return next((str(turn["answer"]) for turn in self.table.turns(record) if turn["task"] == task), None)
+def answer_spans(labels: Tensor) -> Tensor:
+    """The number of answer tokens of each turn of a batch [B, L], in their order."""
+    answered = (labels[:, 1:] != -100).int()
+    begins = answered.clone()
+    begins[:, 1:] = (answered[:, 1:] - answered[:, :-1]).clamp(min=0)
+    return torch.bincount(begins.flatten().cumsum(0)[answered.flatten().bool()])[1:]

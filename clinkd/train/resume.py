@@ -62,12 +62,11 @@ def places(micros: int, rank: int, world: int) -> list[int | None]:
 class Standing:
     """Where a job stands, as a checkpoint has it.
 
-    ``consumed``: groups of the ledger; ``feed``: the position in a stream; ``ranks`` and ``zero_stage`` wrote
-    the shards; ``begun``: how the job began.
+    ``feed``: where the feed stands; ``ranks`` and ``zero_stage`` wrote the shards; ``begun``: how the job
+    began.
     """
 
     step: int
-    consumed: int
     ranks: int
     zero_stage: int
     begun: Begun

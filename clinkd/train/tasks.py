@@ -12,30 +12,26 @@ Decisions:
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clinkd.data.ingest import collect, open_table
-from clinkd.data.records import sample_id
-from clinkd.data.scores import Scores
+from clinkd.data.feed import Arrays
+from clinkd.data.sampler import Batch
 from clinkd.distill.losses import answer_loss
-from clinkd.model.chat import collate, encode
 from clinkd.model.clinkd_qwen2vl import load_model, save_model, set_trainable
-from clinkd.model.guide import guide_inputs, merged_grids
 from clinkd.model.guided import GuidedModel
 from clinkd.model.lora import LoraOptions, add_adapters, merge_adapters, save_adapter, trained_weights
-from clinkd.model.pixels import load_processor
+from clinkd.model.pixels import Numbers, load_processor
 from clinkd.model.rope import RopeGuidance
-from clinkd.model.tower import can_keep, tower_digest
-from clinkd.train.images import ImageStore
-from clinkd.train.ledger import Group
+from clinkd.model.tower import STATES, Shown, can_keep, tower_digest
+from clinkd.train.batches import KEYS
+from clinkd.train.feed import Feed, FeedSpec, Share
 
 
 @dataclass(frozen=True)
@@ -59,11 +55,6 @@ class VqaSpec:
 
 PASS = 64
 """What another pass of the text model costs beside its tokens, in tokens: measured on phantoms' models."""
-
-
-ENCODED = 65_536
-"""Turns whose tokens a worker keeps, in four bytes each."""
-Encoded = tuple["array[int]", "array[int]"]
 
 
 class AnswerLoss(nn.Module):
@@ -115,37 +106,35 @@ class AnswerLoss(nn.Module):
 
 
 class SupervisedTask:
-    """Turns with their true answers; the teacher's task, and the base of the others."""
+    """Turns with their targets; the teacher's task, and the base of the others."""
 
     keeps = True
     """Whether the states of a frozen tower may take the place of pixels."""
-    images: ImageStore
 
-    def __init__(self, rows: Any, scratch: Path, spec: VqaSpec, zero_stage: int = 0) -> None:
-        path = getattr(rows, "kept", None) or scratch / "rows.arrow"
-        if not path.is_file():
-            collect(rows.iter_batches(batch_format="pyarrow", batch_size=256), path)
-        self.table = open_table(path)
-        self.prepare(spec, zero_stage)
-        self.images = ImageStore(self.table, self.processor)
-        self.ids = self.table.ids
-        self.scores = Scores(spec.scores)
-        self._encoded: dict[tuple[int, int], Encoded] = {}
-
-    def prepare(self, spec: VqaSpec, zero_stage: int) -> None:
-        """Tokenizer and processor: what a task has wherever its samples come from."""
+    def __init__(self, spec: VqaSpec, source: FeedSpec, zero_stage: int = 0) -> None:
         from transformers import AutoTokenizer
 
-        self.spec, self.zero3 = spec, zero_stage == 3
+        self.spec, self.source, self.zero3 = spec, source, zero_stage == 3
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model)
         self.processor = load_processor(spec.model, spec.min_pixels, spec.max_pixels)
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         self.numbers = torch.tensor(
             [at for at, text in enumerate(tokens) if text.isascii() and text.isdigit()]
         )
+        self._converter: Numbers | None = None
+        self.tower: str | None = None  # digest of a frozen tower whose states take the place of pixels
 
-    def turn_counts(self) -> Sequence[int]:
-        return self.table.turn_counts()
+    def feed(self, share: Share, device: torch.device) -> Feed:
+        """This rank's micro-batches."""
+        return Feed(self, self.source, share, device)
+
+    def choose(self, batch: Batch, lane: int, step: int, total: int) -> Batch:
+        """What of a batch of the sampler is trained on in a step, or in its place."""
+        return batch
+
+    def facts(self, step: int, total: int) -> dict[str, float]:
+        """What the metrics' line of a step tells beside its losses; follows from the step alone."""
+        return {}
 
     def load(self) -> GuidedModel:
         dtype = getattr(torch, self.spec.dtype)
@@ -160,47 +149,50 @@ class SupervisedTask:
             model.gradient_checkpointing_enable()
         model.train()
         if self.keeps and not self.zero3 and can_keep(model):
-            self.images.tower = tower_digest(model, torch.bfloat16 if self.spec.bf16 else dtype)
+            self.tower = tower_digest(model, torch.bfloat16 if self.spec.bf16 else dtype)
         return model
 
     def build(self) -> nn.Module:
         return AnswerLoss(self.load(), self.spec.chunk_size, self.zero3, self.spec.coordinate_weight)
 
-    def encoded(self, record: int, turn: int) -> Encoded:
-        """Prompt and answer ids of one turn."""
-        if (record, turn) in self._encoded:
-            return self._encoded[record, turn]
-        grids = self.images.grids(record)
-        asked = self.table.turns(record)[turn]
-        tokens = (grids.prod(-1) // self.processor.merge_size**2).tolist()
-        prompt, answer = encode(self.tokenizer, asked["question"], self.answer(record, turn), tokens)
-        found = array("i", prompt), array("i", answer)
-        if len(self._encoded) < ENCODED:
-            self._encoded[record, turn] = found
-        return found
-
-    def row(self, record: int, turn: int, step: int, total: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Prompt and answer ids that stand in the batch of a step for a turn."""
-        return self.encoded(record, turn)
-
-    def answer(self, record: int, turn: int) -> str:
-        """What the model is to say."""
-        return str(self.table.turns(record)[turn]["answer"])
-
-    def batch(self, groups: list[Group], step: int, total: int) -> tuple[dict[str, Any], int]:
-        rows = [self.row(record, turn, step, total) for record, turns in groups for turn in turns]
-        inputs = collate(rows, self.tokenizer.pad_token_id) | self.pictures(groups)
-        guided = self.spec.guidance.guided
-        if guided != "none":
-            grids = [self.images.grids(record) for record, turns in groups for _ in turns]
-            merged = [merged_grids(grid, self.processor.merge_size) for grid in grids]
-            inputs |= guide_inputs(guided, [self.scores[name] for name in self.names(groups)], merged)
+    def arguments(
+        self, arrays: Arrays, batch: Batch, step: int, device: torch.device
+    ) -> tuple[dict[str, Any], int]:
+        """The loss module's arguments of a batch's arrays, and the tokens that its sums are over."""
+        keys = arrays.pop(KEYS)
+        pictures = self.pictures(arrays, keys, device)
+        # Copies: the arrays may lie in the object store, where torch may not write.
+        inputs: dict[str, Any] = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
+        inputs |= pictures
         if self.spec.coordinate_weight != 1:
             inputs["coordinates"] = self.coordinates(inputs["labels"])
-        return inputs, int((inputs["labels"][:, 1:] != -100).sum())
+        return {"attention_mask": None} | inputs, int((inputs["labels"][:, 1:] != -100).sum())
 
-    def names(self, groups: list[Group]) -> list[str]:
-        return [sample_id(self.ids[record], turn) for record, turns in groups for turn in turns]
+    def pictures(self, arrays: Arrays, keys: Any, device: torch.device) -> dict[str, Any]:
+        """The distinct images of a batch; takes what it is made of out of ``arrays``.
+
+        Returns:
+            ``image_grid_thw`` [images, 3] and ``pixel_values`` [patches, values]; with a frozen tower also
+            ``shown``, and the pixels are of the images alone that it has not seen (None: it has seen all).
+        """
+        pixels, channels, grids = (arrays.pop(name) for name in ("pixels", "channels", "image_grid_thw"))
+        found = {"image_grid_thw": torch.from_numpy(grids.copy())}
+        numbers = self._numbers(device)
+        if self.tower is None:
+            return found | {"pixel_values": numbers(pixels, channels, grids)}
+        names = tuple((self.tower, key.decode()) for key in keys.tolist())
+        shown = Shown(names, tuple(STATES.get(name) for name in names))
+        values = None
+        if unseen := shown.unseen:
+            parts = numbers.parts(pixels, channels, grids)
+            chosen = np.concatenate([parts[image] for image in unseen])
+            values = numbers(chosen, channels[unseen], grids[unseen])
+        return found | {"pixel_values": values, "shown": shown}
+
+    def _numbers(self, device: torch.device) -> Numbers:
+        if self._converter is None:
+            self._converter = Numbers(self.processor, device)
+        return self._converter
 
     def coordinates(self, labels: Tensor) -> Tensor:
         """[B, L]: answer tokens that are whole numbers between box tokens."""
@@ -208,15 +200,6 @@ class SupervisedTask:
         start, end = sides
         inside = labels.eq(start).cumsum(1) > labels.eq(end).cumsum(1)
         return inside & torch.isin(labels, self.numbers)
-
-    def pictures(self, groups: list[Group]) -> dict[str, Any]:
-        """The distinct images (``ImageStore.batch``), and which of them each row shows, row after row."""
-        records = list(dict.fromkeys(record for record, _ in groups))
-        found = self.images.batch(records)
-        sizes = [len(self.images.grids(record)) for record in records]
-        own = dict(zip(records, torch.arange(sum(sizes)).split(sizes), strict=True))
-        index = [number for record, turns in groups for _ in turns for number in own[record].tolist()]
-        return found | {"image_index": torch.tensor(index)}
 
     def save(self, state: dict[str, Any], out: Path) -> None:
         """Writes a plain Hugging Face folder; ``state`` is the loss module's.

@@ -259,7 +259,6 @@ class Asker:
             return trial, values
         return trial, suggest(trial, self.config.sweep.space)
 
-
     def everyone(self) -> list[tuple[Any, dict[str, Any]]]:
         """All trials by their number, those that have ended too: what a population is played again with."""
         import optuna

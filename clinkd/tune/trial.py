@@ -20,7 +20,7 @@ from typing import Any
 from clinkd.artifacts import ArtifactBusy
 from clinkd.config import RunConfig
 from clinkd.stages import outcome, pipeline, training
-from clinkd.stages.asking import Desks, Records
+from clinkd.stages.asking import Desks
 from clinkd.stages.base import Run, open_run, write_whole
 from clinkd.stages.reflection import reflect
 from clinkd.train.checkpoint import Checkpoints
@@ -37,7 +37,6 @@ class Warm:
     folder: Path
     crew: Crew | None = None
     desks: Desks | None = None
-    records: Records | None = None
 
     def crew_for(self, config: RunConfig) -> Crew:
         if self.crew is not None and self.crew.compute != config.compute:
@@ -51,12 +50,6 @@ class Warm:
             self.desks = Desks.of(run)
         self.desks.progress = run.progress
         return self.desks
-
-    def records_for(self, run: Run) -> Records:
-        data = run.done["prepare"].path
-        if self.records is None or self.records.data != data:
-            self.records = Records(data, run.blocks)
-        return self.records
 
     def close(self) -> None:
         if self.desks is not None:
@@ -126,7 +119,7 @@ class Trial:
         if last and self.base.sweep.test:
             outcome.evaluate(run, "reflect" if "reflect" in run.done else "distill")
         scores = outcome.validate(
-            run, model, self.base.sweep.questions, self.warm.desks_for(run), self.warm.records_for(run),
+            run, model, self.base.sweep.questions, self.warm.desks_for(run),
             self.base.sweep.metrics,
         )  # fmt: skip
         if not last:

@@ -12,9 +12,10 @@ from malformed import write_corpus
 
 from clinkd import cli, cluster, storage
 from clinkd.data import shards
-from clinkd.data.ingest import read_records
+from clinkd.data.index import build_index
 from clinkd.data.phantoms import PhantomSpec, write_source
 from clinkd.data.prepare import DataError, prepare
+from clinkd.data.reading import Place, Records, Wanted
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -82,10 +83,15 @@ def test_prepared_data_in_a_bucket_are_read_like_a_folder(bucket: str, tmp_path:
     names = [row["image"] for row in shards.iter_rows(tmp_path / "out", columns=["image"])][:3]
     assert shards.images(f"{bucket}/out", names) == shards.images(tmp_path / "out", names)
     remote, local = (
-        sorted(row["id"] for row in read_records(where, split="train").take_all())
-        for where in (f"{bucket}/out", tmp_path / "out")
+        build_index(shards.Shards.of(where), "train") for where in (f"{bucket}/out", tmp_path / "out")
     )
-    assert remote == local
+    assert remote.table.equals(local.table)
+    place = Place(*remote.place[1].tolist())
+    found = [
+        Records(shards.Shards.of(where), 1 << 20).record(Wanted(place))
+        for where in (f"{bucket}/out", tmp_path / "out")
+    ]
+    assert found[0] == found[1]
     again = prepare(f"{bucket}/out", f"{bucket}/again", images_per_shard=5, test_fraction=0.25)
     assert again["shards"] == shards.read_manifest(tmp_path / "out")["shards"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.distill.online import OnlineTeacher
 from clinkd.model import presets

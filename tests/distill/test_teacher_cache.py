@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from faulty_s3 import BUCKET, faulty_s3
-from phantom_rows import as_batch, phantom_row
+from phantom_rows import phantom_row
 
 from clinkd import storage
 from clinkd.data.phantoms import PhantomSpec, draw
@@ -18,7 +20,6 @@ from clinkd.distill.labeller import Labeller, LabelSpec
 from clinkd.distill.losses import distill_loss
 from clinkd.distill.teacher_cache import Store, TeacherCache, sample_key, teacher_key, write_index
 from clinkd.model import presets
-from clinkd.model.clinkd_qwen2vl import load_model
 
 torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=2, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
@@ -52,18 +53,23 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 def ask(folder: Path, root: str, rows: list[dict[str, Any]], **options: Any) -> dict[str, list[Any]]:
     spec = LabelSpec(str(folder), root, "teacher", batch_size=4, **options)
-    head = None if spec.form.name == "topk" else load_model(folder).lm_head.weight
-    Store(root, "teacher").open(head, {})
-    return Labeller(spec)(as_batch(rows))
+    Store(root, "teacher").open({})
+    return told(Labeller(spec), rows)
+
+
+def told(labeller: Labeller, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return pa.concat_tables(labeller.tables([rows])).to_pydict()
 
 
 def listed(found: dict[str, list[Any]], root: str, out: Path, form: Form | None = None) -> TeacherCache:
     out.mkdir(exist_ok=True)
-    samples = list(zip(found["sample"], found["task"], found["key"], strict=True))
-    write_index(out, samples, Store(root, "teacher"), form or Form())
-    scratch = out / "scratch"
-    scratch.mkdir(exist_ok=True)
-    return TeacherCache(out, scratch)
+    asked = pa.table({name: found[name] for name in ("sample", "task", "key")})
+    write_index(out, asked, Store(root, "teacher"), form or Form())
+    return TeacherCache(out, out / "copies")
+
+
+def answers_of(cache: TeacherCache) -> dict[str, str]:
+    return {name: cache.answer(place) for place, name in enumerate(cache.samples.to_pylist())}
 
 
 def test_a_second_time_costs_no_pass(folder: Path, root: str, tmp_path: Path) -> None:
@@ -74,15 +80,17 @@ def test_a_second_time_costs_no_pass(folder: Path, root: str, tmp_path: Path) ->
     assert not any(again["new"]) and sum(again["passes"]) == 0 and again["key"] == first["key"]
     cache = listed(again, root, tmp_path / "list")
     turns = {f"{one['id']}#{at}": turn for one in rows for at, turn in enumerate(one["turns"])}
-    assert cache.answers == {name: turn["answer"] for name, turn in turns.items()}
-    assert all(0 <= margin <= 1 for margin in cache.margins.values())
+    assert answers_of(cache) == {name: turn["answer"] for name, turn in turns.items()}
+    assert ((cache.margins >= 0) & (cache.margins <= 1)).all() and len(cache.margins) == len(cache)
+    with pytest.raises(KeyError, match="sample p9#0 is not in it"):
+        cache.read(["p0#0", "p9#0"])
 
 
 def test_states_are_the_teachers_own(folder: Path, root: str, tmp_path: Path) -> None:
     """A student that is the teacher learns nothing from it."""
     cache = listed(ask(folder, root, [row(0)]), root, tmp_path / "list")
     assert cache.head is not None
-    names = list(cache.answers)
+    names = cache.samples.to_pylist()
     states = cache.read(names)["teacher_hidden"].float()
     one_by_one = torch.cat([cache.read([name])["teacher_hidden"] for name in names])
     assert torch.equal(states, one_by_one.float())
@@ -112,18 +120,18 @@ def test_a_build_goes_on_with_what_is_in_no_part(folder: Path, tmp_path: Path) -
     both = ask(folder, root, [row(0), row(1)])
     assert {name[:2] for name, new in zip(both["sample"], both["new"], strict=True) if new} == {"p1"}
     cache = listed(both, root, tmp_path / "list")
-    assert set(cache.answers) == set(both["sample"])
+    assert set(cache.samples.to_pylist()) == set(both["sample"])
 
 
 def test_two_builders_at_once_leave_one_row_that_counts(folder: Path, tmp_path: Path) -> None:
     root = str(tmp_path / "stores")
-    Store(root, "teacher").open(load_model(folder).lm_head.weight, {})
+    Store(root, "teacher").open({})
     early = [Labeller(LabelSpec(str(folder), root, "teacher")) for _ in range(2)]
-    early[0](as_batch([row(0)]))
-    found = early[1](as_batch([row(0), row(1)]))  # knew of nothing when it began
+    told(early[0], [row(0)])
+    found = told(early[1], [row(0), row(1)])  # knew of nothing when it began
     assert all(found["new"]) and len(Store(root, "teacher").light()) > len(found["key"])
     cache = listed(found, root, tmp_path / "list")
-    assert set(cache.answers) == set(found["sample"])
+    assert set(cache.samples.to_pylist()) == set(found["sample"])
 
 
 def test_hidden_truths_are_answered_by_the_teacher(folder: Path, root: str, tmp_path: Path) -> None:
@@ -131,10 +139,10 @@ def test_hidden_truths_are_answered_by_the_teacher(folder: Path, root: str, tmp_
     found = ask(folder, root, [row(0, untrusted=True), row(1)], max_new_tokens=6)
     cache = listed(found, root, tmp_path / "list")
     table = Store(root, "teacher").light()
-    told = dict(zip(table.column("key").to_pylist(), table.column("source").to_pylist(), strict=True))
+    sources = dict(zip(table.column("key").to_pylist(), table.column("source").to_pylist(), strict=True))
     reasons = dict(zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True))
     for name, key in zip(found["sample"], found["key"], strict=True):
-        assert told[key] == ("teacher" if name.startswith("p0") else "truth")
+        assert sources[key] == ("teacher" if name.startswith("p0") else "truth")
         assert (name in cache) == (reasons[key] is None)
     refused = [reason for reason in reasons.values() if reason]
     assert refused and set(refused) <= {"too_long", "empty", "no_box"}
@@ -161,6 +169,25 @@ def test_of_several_answers_one_is_chosen(
     assert all(candidate.confidence < 0 for candidates in seen for candidate in candidates)
 
 
+def test_parts_are_written_as_they_become_large(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clinkd.distill import teacher_cache
+
+    root, rows = str(tmp_path / "stores"), [row(number) for number in range(3)]
+    spec = LabelSpec(str(folder), root, "teacher")
+    Store(root, "teacher").open({})
+    list(Labeller(spec).tables([[one] for one in rows]))
+    assert len(Store(root, "teacher").parts()) == 1  # of a piece one, however many batches it came in
+    monkeypatch.setattr(teacher_cache, "PART_BYTES", 1)
+    other = str(tmp_path / "others")
+    Store(other, "teacher").open({})
+    tables = list(Labeller(replace(spec, root=other)).tables([[one] for one in rows]))
+    assert len(Store(other, "teacher").parts()) == 3
+    cache = listed(pa.concat_tables(tables).to_pydict(), other, tmp_path / "list")
+    assert len(cache) == sum(len(one["turns"]) for one in rows)
+
+
 FORMS = [Form("bfloat16"), Form("int8"), Form("topk", 16, 200)]
 
 
@@ -169,7 +196,7 @@ def test_other_forms_are_read_as_they_were_kept(form: Form, folder: Path, tmp_pa
     plain = listed(ask(folder, str(tmp_path / "a"), [row(0)]), str(tmp_path / "a"), tmp_path / "list-a")
     found = ask(folder, str(tmp_path / "b"), [row(0)], form=form)
     other = listed(found, str(tmp_path / "b"), tmp_path / "list-b", form)
-    names = list(plain.answers)
+    names = plain.samples.to_pylist()
     states, kept = plain.read(names)["teacher_hidden"].float(), other.read(names)
     if form.name != "topk":
         torch.testing.assert_close(kept["teacher_hidden"].float(), states, atol=0.03, rtol=0.03)

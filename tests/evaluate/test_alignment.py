@@ -31,10 +31,6 @@ def row(index: int, split: str) -> dict[str, Any]:
 ROWS = [row(index, "test" if index % 2 else "train") for index in range(6)]
 
 
-def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [one[key] for one in rows] for key in rows[0]}
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("encoder")
@@ -47,7 +43,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(encoder: Path) -> Any:
-    return Scorer(ScoreSpec(str(encoder), NAMES))(as_batch(ROWS))
+    return Scorer(ScoreSpec(str(encoder), NAMES)).scored(ROWS)
 
 
 def test_every_question_has_its_logits(table: Any, encoder: Path) -> None:
@@ -65,7 +61,7 @@ def test_every_question_has_its_logits(table: Any, encoder: Path) -> None:
 
 
 def decoded(index: int) -> Any:
-    from clinkd.data.ingest import decode
+    from clinkd.data.images import decode
 
     return decode(ROWS[index]["png"])
 
@@ -77,7 +73,7 @@ def plain(turn: dict[str, str]) -> str:
 
 
 def test_a_record_alone_in_its_batch_meets_no_other(encoder: Path) -> None:
-    found = Scorer(ScoreSpec(str(encoder), NAMES))(as_batch(ROWS[:1]))
+    found = Scorer(ScoreSpec(str(encoder), NAMES)).scored(ROWS[:1])
     assert found.column("other").null_count == len(found)
     logits, match = pairs(found)
     assert len(logits) == len(found) and match.all()

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_it_is_the_loss_of_each_answer_alone(model: str) -> None:
     """By the class's own forward and its loss, one question at a time."""
-    from clinkd.data.ingest import decode
+    from clinkd.data.images import decode
     from clinkd.model.chat import encode
 
     rows = [phantom_row(PHANTOMS, number) for number in range(5)]

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from feeding import write_shard
 from phantom_rows import phantom_row
 
 from clinkd.data.phantoms import PhantomSpec
+from clinkd.data.reading import Place, Wanted
+from clinkd.data.shards import Shards
 from clinkd.evaluate.pool import AnswerPool
 from clinkd.evaluate.predict import PredictSpec
 from clinkd.model.presets import TinySize, write_new_model
@@ -33,32 +36,40 @@ def pool(request, ray_session) -> Iterator[AnswerPool]:
     found.close()
 
 
-def parts() -> list[tuple[int, list[dict[str, Any]], int]]:
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Shards:
     rows = [phantom_row(PHANTOMS, number) for number in range(6)]
+    return Shards.of(write_shard(tmp_path_factory.mktemp("data") / "prepared", rows))
+
+
+def parts() -> list[tuple[int, list[Wanted], int]]:
+    rows = [Wanted(Place(0, number // 4, number % 4)) for number in range(6)]
     return [(number, rows[2 * number : 2 * number + 2], 40 + number) for number in range(3)]
 
 
-def alone(spec: PredictSpec, number: int) -> list[dict[str, Any]]:
+def alone(spec: PredictSpec, shards: Shards, number: int) -> list[dict[str, Any]]:
     from clinkd.evaluate.pool import Desk
 
-    _, records, seed = parts()[number]
-    return Desk().answer(spec, records, seed)
+    _, wanted, seed = parts()[number]
+    return Desk().answer(spec, shards, wanted, seed)
 
 
 @pytest.mark.slow
-def test_answers_follow_from_the_part_and_its_seed_alone(pool: AnswerPool, model: str) -> None:
+def test_answers_follow_from_the_part_and_its_seed_alone(
+    pool: AnswerPool, model: str, shards: Shards
+) -> None:
     """Sampled: the student and its corrector by turns, a lost desk, and one desk or two."""
     import ray
 
     spec = PredictSpec(model, max_new_tokens=5, candidates=2, batch_size=4)
-    wanted = {number: alone(spec, number) for number in range(3)}
-    first = dict(pool.answers(spec, parts()))
+    wanted = {number: alone(spec, shards, number) for number in range(3)}
+    first = dict(pool.answers(spec, shards, parts()))
     assert first == wanted
     assert [row["sample"] for row in first[0]] == sorted(row["sample"] for row in first[0])
     assert all(len(row["responses"]) == 2 for rows in first.values() for row in rows)
 
     greedy = PredictSpec(model, max_new_tokens=5)
-    assert dict(pool.answers(greedy, parts()))[1] == alone(greedy, 1)
+    assert dict(pool.answers(greedy, shards, parts()))[1] == alone(greedy, shards, 1)
     lost = pool._desks[0]
     pid = next(
         actor["ActorID"] and actor["Pid"]
@@ -66,14 +77,24 @@ def test_answers_follow_from_the_part_and_its_seed_alone(pool: AnswerPool, model
         if actor["ActorID"] == lost._actor_id.hex()
     )
     os.kill(pid, signal.SIGKILL)
-    assert dict(pool.answers(spec, reversed(parts()))) == wanted
+    assert dict(pool.answers(spec, shards, reversed(parts()))) == wanted
 
 
-def test_no_part_no_answer(pool: AnswerPool, model: str) -> None:
-    assert list(pool.answers(PredictSpec(model), [])) == []
+def test_no_part_no_answer(pool: AnswerPool, model: str, shards: Shards) -> None:
+    assert list(pool.answers(PredictSpec(model), shards, [])) == []
 
 
 @pytest.mark.slow
-def test_an_answerer_says_what_is_missing(pool: AnswerPool, tmp_path: Path) -> None:
+def test_an_answerer_says_what_is_missing(pool: AnswerPool, shards: Shards, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="nowhere"):
-        list(pool.answers(PredictSpec(str(tmp_path / "nowhere")), parts()))
+        list(pool.answers(PredictSpec(str(tmp_path / "nowhere")), shards, parts()))
+
+
+@pytest.mark.slow
+def test_images_may_be_asked_about_something_else(model: str, shards: Shards) -> None:
+    from clinkd.evaluate.pool import Desk
+
+    turn = {"task": "mia", "question": "What else?", "answer": "Nothing.", "trusted": True}
+    wanted = [Wanted(Place(0, 1, 0), "p4#1", (turn,))]
+    (row,) = Desk().answer(PredictSpec(model, max_new_tokens=3), shards, wanted, 0)
+    assert (row["sample"], row["question"], row["image"]) == ("p4#1#0", "What else?", "p4.png")

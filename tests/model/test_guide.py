@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.data.scores import Score
 from clinkd.model import guide as guides

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import answers, batch, source, write_shard
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from clinkd.data.codec import BoxCodec
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec, draw
-from clinkd.data.shards import schema
 from clinkd.model import chat, presets
 from clinkd.model.clinkd_qwen2vl import load_model
 from clinkd.model.generate import generate_answers
 from clinkd.model.rope import RopeGuidance
+from clinkd.train.online_task import prompts_of
 
 torch.set_num_threads(1)
 SIZE = presets.TinySize(hidden=64, layers=2, mlp=96, vision_hidden=32, vision_layers=1, image_size=56)
@@ -49,10 +50,6 @@ def row(name: str, *images: int) -> dict[str, Any]:
 ROWS = [row("a", 0), row("b", 1, 2), row("c", 3), row("d", 2, 1, 4), row("e", 2, 1)]
 
 
-def as_batch(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [one[key] for one in rows] for key in rows[0]}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [draw(SPEC, index)[1] for index in range(6)]
@@ -67,11 +64,8 @@ def tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def task(folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What trains: rows A to E from a shard, through Ray Data, with guidance by pair."""
-    import pyarrow as pa
-    import ray.data
-
+def task(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What trains: rows A to E from a shard, with guidance by pair."""
     from clinkd.data.scores import FILE, write_scores
     from clinkd.train.tasks import SupervisedTask, VqaSpec
 
@@ -83,9 +77,15 @@ def task(folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFacto
         relevance=[list(range(4 * count)) for count in images],
         rows=[[2] * count for count in images], columns=[[2] * count for count in images],
     )  # fmt: skip
-    rows = ray.data.from_arrow(pa.Table.from_pylist(ROWS, schema()))
     guidance = RopeGuidance(1.5, 2.0, gamma=0.5, mode="pair")
-    return SupervisedTask(rows, scratch, VqaSpec(str(folder), guidance, True, scores=str(scratch / FILE)))
+    spec = VqaSpec(str(folder), guidance, True, scores=str(scratch / FILE))
+    return SupervisedTask(spec, source(write_shard(scratch / "data", ROWS), scratch, answers(spec)))
+
+
+def shown_by(task: Any, groups: list[Any]) -> dict[str, Any]:
+    """A batch, and the prompts of its rows."""
+    inputs, _ = batch(task, groups)
+    return inputs | {"prompts": prompts_of(inputs["input_ids"], inputs["labels"])}
 
 
 # Text.
@@ -144,7 +144,7 @@ def test_a_mixed_batch_trains_on_what_each_row_shows_alone(task: Any) -> None:
     model = task.load().eval()
 
     def states(groups: list) -> list[torch.Tensor]:
-        inputs, _ = task.batch(groups, 0, 1)
+        inputs, _ = batch(task, groups)
         labels = inputs.pop("labels")
         hidden = model.forward_hidden(**inputs)
         return [hidden[number][labels[number] != -100] for number in range(len(labels))]
@@ -159,7 +159,7 @@ def test_a_mixed_batch_trains_on_what_each_row_shows_alone(task: Any) -> None:
 
 
 def test_a_batch_names_each_image_once(task: Any) -> None:
-    pictures = task.pictures([(1, (0, 1)), (0, (0,)), (3, (1,))])
+    pictures, _ = batch(task, [(1, (0, 1)), (0, (0,)), (3, (1,))])
     assert pictures["image_index"].tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
     assert len(pictures["image_grid_thw"]) == 6
     assert len(pictures["pixel_values"]) == int(pictures["image_grid_thw"].prod(-1).sum())
@@ -168,7 +168,7 @@ def test_a_batch_names_each_image_once(task: Any) -> None:
 @torch.no_grad()
 def test_alignment_is_a_rows_and_guides_all_its_images(task: Any) -> None:
     """Pair guidance widens the gap before each image of the row, and no other row's."""
-    inputs, _ = task.batch([(0, (0,)), (1, (0,))], 0, 1)
+    inputs, _ = batch(task, [(0, (0,)), (1, (0,))])
     model = task.load()
     grids = inputs["image_grid_thw"][inputs["image_index"]]
 
@@ -191,11 +191,10 @@ def test_generation_with_images_of_several_rows(folder: Path, tokenizer: Any, ta
     options = {"max_new_tokens": 8, "do_sample": repeat > 1, "num_return_sequences": repeat, "seed": 3}
 
     def answers(chosen: list, new: dict) -> list[list[str]]:
-        prompts = [task.encoded(record, turn)[0] for record, turns in chosen for turn in turns]
-        shown = task.pictures(chosen)
+        shown = shown_by(task, chosen)
         return generate_answers(
-            model, tokenizer, prompts, shown["pixel_values"], shown["image_grid_thw"], shown["image_index"],
-            **new,
+            model, tokenizer, shown["prompts"], shown["pixel_values"], shown["image_grid_thw"],
+            shown["image_index"], **new,
         )  # fmt: skip
 
     together = answers(groups, options)
@@ -203,9 +202,9 @@ def test_generation_with_images_of_several_rows(folder: Path, tokenizer: Any, ta
     if repeat == 1:
         assert together == [answers([group], options)[0] for group in groups]
     with pytest.raises(ValueError, match="5 image numbers for 4 images"):
-        shown = task.pictures([(1, (0,)), (3, (0,))])
+        shown = shown_by(task, [(1, (0,)), (3, (0,))])
         generate_answers(
-            model, tokenizer, [task.encoded(1, 0)[0]] * 2, shown["pixel_values"], shown["image_grid_thw"],
+            model, tokenizer, [shown["prompts"][0]] * 2, shown["pixel_values"], shown["image_grid_thw"],
             shown["image_index"], max_new_tokens=1,
         )  # fmt: skip
 
@@ -222,18 +221,17 @@ def test_predictions_are_the_same_alone_and_in_company(folder: Path) -> None:
     assert len(together) == 10 and together == alone
 
 
-def test_ray_datas_rows_bring_all_images(folder: Path, ray_session: None) -> None:
-    """Lists of bytes come back from Arrow as arrays, also where no row has a second image."""
-    import ray.data
-
+def test_records_that_are_read_bring_all_images(folder: Path, tmp_path: Path) -> None:
+    from clinkd.data.reading import Place, Wanted
+    from clinkd.data.shards import Shards
     from clinkd.evaluate.pool import Desk
     from clinkd.evaluate.predict import PredictSpec
 
     spec, desk = PredictSpec(str(folder), max_new_tokens=3), Desk()
-    plain = {key: ROWS[0][key] for key in ("id", "image", "png", "turns", "more_png")}
-    for rows in (ROWS, [plain]):
-        dealt = list(ray.data.from_items(rows, override_num_blocks=1).iter_rows())
-        assert len(desk.answer(spec, dealt, 0)) == 2 * len(rows)
+    for name, rows in (("several", ROWS), ("one", ROWS[:1])):
+        shards = Shards.of(write_shard(tmp_path / name, rows))
+        wanted = [Wanted(Place(0, number // 4, number % 4)) for number in range(len(rows))]
+        assert len(desk.answer(spec, shards, wanted, 0)) == 2 * len(rows)
 
 
 def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path, tmp_path: Path) -> None:
@@ -244,10 +242,10 @@ def test_the_teachers_states_are_the_same_alone_and_in_company(folder: Path, tmp
     def asked(rows: list[dict[str, Any]], name: str) -> TeacherCache:
         out, spec = tmp_path / name, LabelSpec(str(folder), str(tmp_path), name)
         store = Store(tmp_path, name)
-        store.open(load_model(folder).lm_head.weight, {})
-        found = Labeller(spec)(as_batch(rows))
-        samples = list(zip(found["sample"], found["task"], found["key"], strict=True))
-        write_index(out, samples, store, Form())
+        store.open({})
+        (table,) = Labeller(spec).tables([rows])
+        out.mkdir(exist_ok=True)
+        write_index(out, table.drop_columns(["new", "passes"]), store, Form())
         return TeacherCache(out)
 
     together = asked(ROWS, "together")
@@ -268,7 +266,7 @@ def test_the_guides_score_is_that_of_the_image_that_shows_it_best(folder: Path, 
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_guide(TinyGuide(model), tmp_path)
     scorer = Scorer(ScoreSpec(str(tmp_path), names=("liver", "spleen")))
-    found = scorer(as_batch([row("one", 1), row("other", 2), row("both", 1, 2)])).to_pydict()
+    found = scorer.scored([row("one", 1), row("other", 2), row("both", 1, 2)]).to_pydict()
     one, other, both = (found["own"][at : at + 2] for at in (0, 2, 4))
     assert both == pytest.approx([max(pair) for pair in zip(one, other, strict=True)], abs=1e-5)
     assert one != pytest.approx(other, abs=1e-5)
@@ -277,8 +275,10 @@ def test_the_guides_score_is_that_of_the_image_that_shows_it_best(folder: Path, 
 def test_the_images_of_a_record_are_found_in_the_shards(tmp_path: Path, ray_session: None) -> None:
     import json
 
-    from clinkd.data.ingest import record_images
+    from clinkd.data.index import build_index
     from clinkd.data.prepare import prepare
+    from clinkd.data.reading import Place, Records
+    from clinkd.data.shards import Shards
 
     (tmp_path / "images").mkdir()
     names = [f"ct_00--D--p{index}--z.png" for index in range(4)]
@@ -289,7 +289,8 @@ def test_the_images_of_a_record_are_found_in_the_shards(tmp_path: Path, ray_sess
     rows += [{"image": name, "conversations": talk} for name in names[2:]]
     (tmp_path / "qa.json").write_text(json.dumps(rows))
     prepare(tmp_path, tmp_path / "out")
-    assert record_images(tmp_path / "out", {"both", names[2][:-4], "nobody"}) == {
-        "both": [shown(0), shown(1)],
-        names[2][:-4]: [shown(2)],
-    }
+    shards = Shards.of(tmp_path / "out")
+    index, records = build_index(shards, None), Records(shards, 1 << 20)
+    both, other, nobody = index.find(["both", names[2][:-4], "nobody"]).tolist()
+    assert records.images(Place(*index.place[both].tolist())) == [shown(0), shown(1)]
+    assert records.images(Place(*index.place[other].tolist())) == [shown(2)] and nobody == -1

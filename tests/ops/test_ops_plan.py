@@ -205,7 +205,9 @@ def test_a_nodes_memory_holds_what_gpus_do_not(capsys: pytest.CaptureFixture[str
     trained = found["models"][1]["trained"]
     assert offloaded["node"]["offloaded"] == 12 * trained and "offloaded" not in found["node"]
     assert stage(offloaded, "distill")["memory"]["optimizer"] == 0
-    assert found["node"]["processed_images"] > 0 and "object_store" in planned(TINY)["node"]
+    assert found["node"]["making_batches"] > 0 and "making_batches" not in planned(TINY)["node"]
+    wider = planned(LARGE, "feed.window_mib=256")["node"]["making_batches"]
+    assert wider > found["node"]["making_batches"]
 
 
 def test_a_saved_plan_is_where_the_report_looks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

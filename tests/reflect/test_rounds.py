@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -26,17 +27,18 @@ def row(name: str, response: str, *, task: str = "vg", truth: str = f"The liver 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 40), st.integers(0, 3))
 def test_a_round_asks_about_whole_records_until_it_has_enough(counts, samples, number) -> None:
-    turns = [(f"r{index:02d}", count) for index, count in enumerate(counts)]
-    chosen = choose_records(turns, samples, 0, number)
-    total = sum(dict(turns)[name] for name in chosen)
-    assert chosen == sorted(set(chosen)) and chosen == choose_records(turns, samples, 0, number)
+    turns = np.array(counts, np.int32)
+    chosen = choose_records(turns, samples, 0, number).tolist()
+    total = int(turns[chosen].sum())
+    assert chosen == sorted(set(chosen)) and chosen == choose_records(turns, samples, 0, number).tolist()
     assert total >= min(samples, sum(counts))
-    assert total - max(dict(turns)[name] for name in chosen) < samples
+    assert total - max(counts[record] for record in chosen) < samples
 
 
 def test_rounds_ask_about_different_records() -> None:
-    turns = [(f"r{index}", 1) for index in range(50)]
-    assert choose_records(turns, 10, 0, 1) != choose_records(turns, 10, 0, 2)
+    turns = np.ones(50, np.int32)
+    first, second = (choose_records(turns, 10, 0, number).tolist() for number in (1, 2))
+    assert first != second and len(first) == len(second) == 10
 
 
 ANSWERED = [
@@ -111,9 +113,9 @@ def test_a_round_says_before_how_much_it_generates() -> None:
 
 def test_the_corrector_sees_question_truth_and_wrong_answer() -> None:
     wrong = misses([row("b", f"It is at {FAR}.")])
-    (record,) = rounds.correction_records(wrong, {"b": [b"png", b"other"]})
-    prompt = record["turns"][0]["question"]
-    assert record["id"] == "b#0" and (record["png"], record["more_png"]) == (b"png", [b"other"])
+    turn = rounds.correction_turn(wrong[0][0])
+    prompt = turn["question"]
+    assert turn["answer"] == wrong[0][0]["annotation"] and turn["trusted"]
     assert all(part in prompt for part in ("Where is the liver?", NEAR, FAR))
 
 

@@ -1,4 +1,4 @@
-"""A job that is small but real: least squares on numbers that Ray Data brings."""
+"""A job that is small but real: least squares on a few numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,14 @@ class LineTask:
     """A real model, engine and optimiser.
 
     ``fail_once``: a file, without which a worker ends in step 8. ``nan``: steps whose targets are no numbers.
-    ``stop``: (step, file) that is touched in it.
+    ``stop``: (step, file) that is touched in it. ``wrong``: the error that is raised in step 8.
     """
 
     def __init__(
-        self, rows: Any, scratch: Path, fail_once: str | None = None, nan: tuple[int, ...] = (),
-        stop: tuple[int, Path] | None = None,
+        self, batch: int, fail_once: str | None = None, nan: tuple[int, ...] = (),
+        stop: tuple[int, Path] | None = None, wrong: Exception | None = None,
     ) -> None:  # fmt: skip
-        import numpy as np
-
-        values = np.concatenate([batch["id"] for batch in rows.iter_batches(batch_size=None)])
-        self.values = np.sort(values).astype("float32")
-        self.fail_once, self.nan, self.stop = fail_once, nan, stop
+        self.size, self.fail_once, self.nan, self.stop, self.wrong = batch, fail_once, nan, stop, wrong
 
     def build(self):
         import torch
@@ -46,13 +42,13 @@ class LineTask:
 
         return Line()
 
-    def turn_counts(self):
-        return [1] * len(self.values)
+    def feed(self, share, device):
+        return LineFeed(self, share)
 
-    def names(self, groups):
-        return [str(record) for record, _ in groups]
+    def facts(self, step, total):
+        return {}
 
-    def batch(self, groups, step, total):
+    def batch(self, records, step):
         import os
 
         import torch
@@ -60,11 +56,13 @@ class LineTask:
         if self.fail_once and step == 7 and not Path(self.fail_once).exists():
             Path(self.fail_once).touch()
             os._exit(9)  # as abrupt as kill -9
+        if self.wrong is not None and step == 7:
+            raise self.wrong
         if self.stop and step + 1 == self.stop[0]:
             self.stop[1].touch()
-        x = torch.tensor([[self.values[record] / 16] for record, _ in groups])
+        x = torch.tensor([[record / 16] for record in records])
         y = 2 * x + 1 if step + 1 not in self.nan else x * float("nan")
-        return {"x": x, "y": y}, len(groups)
+        return {"x": x, "y": y}
 
     def save(self, state, out):
         from safetensors.torch import save_file
@@ -73,8 +71,41 @@ class LineTask:
         save_file({key: value.clone() for key, value in state.items()}, out / "model.safetensors")
 
 
+class LineFeed:
+    """Records 0 .. 31, shuffled anew in each epoch, dealt to lanes by turns."""
+
+    def __init__(self, task: LineTask, share: Any) -> None:
+        self.task, self.share = task, share
+        self.place, self.step, self.last = 0, share.step, []
+
+    def state(self):
+        return {}
+
+    def names(self):
+        return [str(record) for record in self.last]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        import numpy as np
+
+        share, size = self.share, self.task.size
+        place = share.places[self.place]
+        start = (self.step * share.lanes * share.accumulation + (place or 0)) * size
+        epochs = {
+            at // 32: np.random.default_rng([3, at // 32]).permutation(32) for at in (start, start + size)
+        }
+        self.last = [int(epochs[at // 32][at % 32]) for at in range(start, start + size)]
+        batch = self.task.batch(self.last, self.step)
+        self.place += 1
+        if self.place == len(share.places):
+            self.place, self.step = 0, self.step + 1
+        return batch, size if place is not None else 0, size, place is not None
+
+
 def line_job(
-    out: Path, make_task: Callable[[Any, Path], Any], zero: int, workers: int, batch: int,
+    out: Path, make_task: Callable[[], Any], zero: int, workers: int, batch: int,
     muon_lr: float | None = None, **more: Any,
 ) -> TrainJob:  # fmt: skip
     import ray.cloudpickle
@@ -90,13 +121,10 @@ def line_job(
 
 def train_line(
     out: Path, *, zero: int = 0, workers: int = 2, batch: int = 2, fail_once: str | None = None,
-    nan: tuple[int, ...] = (), stop: tuple[int, Path] | None = None, **more: Any,
+    nan: tuple[int, ...] = (), stop: tuple[int, Path] | None = None, wrong: Exception | None = None,
+    **more: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Lines of the metrics; ``more``: of the job."""
-    import ray.data
-
-    job = line_job(
-        out, lambda rows, scratch: LineTask(rows, scratch, fail_once, nan, stop), zero, workers, batch, **more
-    )
-    crew(job.compute).fit(job, ray.data.range(32))
+    job = line_job(out, lambda: LineTask(batch, fail_once, nan, stop, wrong), zero, workers, batch, **more)
+    crew(job.compute).fit(job)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

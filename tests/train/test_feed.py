@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from feeding import HERE, share, source, write_shard
 from PIL import Image
 
-from clinkd.data.feed import Asked, FeedError, Resources, Shards, build_index, run_job
+from clinkd.data.feed import Resources, order_of
+from clinkd.data.index import build_index
 from clinkd.data.phantoms import PhantomSpec
-from clinkd.data.plan import PlanOptions
-from clinkd.data.shards import iter_rows, schema
+from clinkd.data.reading import Records
+from clinkd.data.sampler import Batch, SamplerOptions
+from clinkd.data.shards import Shards, iter_rows
+from clinkd.data.tasks import FeedError
 from clinkd.model.chat import encode
 from clinkd.model.pixels import Numbers, blank, cut, image_tokens, join, load_processor
 from clinkd.model.rope import RopeGuidance
 from clinkd.train.batches import BatchSpec, batch_maker
-from clinkd.train.feed import Stream, StreamSpec, StreamTask
+from clinkd.train.feed import Feed, FeedSpec, Share
 from clinkd.train.tasks import SupervisedTask, VqaSpec
 
 GUIDANCE = RopeGuidance(2.0, 2.0)
@@ -35,11 +40,18 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-def spec_of(prepared: Path, start: Path, folder: Path, options: PlanOptions, **batch) -> StreamSpec:
-    made = BatchSpec(str(start), GUIDANCE, packed=options.tokens is not None, **batch)
-    shards = Shards.of(prepared)
-    path = build_index(shards, "train", made.measure).write(folder / "lengths.arrow")
-    return StreamSpec(made, options, str(path), shards, Resources(tasks=2, cpus=0.25))
+def spec_of(prepared: Path, start: Path, folder: Path, options: SamplerOptions, **more) -> FeedSpec:
+    made = BatchSpec(str(start), GUIDANCE, packed=options.tokens is not None, **more)
+    return source(prepared, folder, made, options, Resources(tasks=2, cpus=0.25))
+
+
+def feed_of(spec: FeedSpec, steps: int, lanes: int = 1, lane: int = 0, **more) -> Feed:
+    vqa = VqaSpec(spec.maker.model, GUIDANCE, train_vision=True)
+    return SupervisedTask(vqa, spec).feed(share(steps, lanes, lane, **more), torch.device("cpu"))
+
+
+def rounds(spec: FeedSpec, lanes: int = 1) -> int:
+    return spec.sampler(lanes).rounds(0)
 
 
 def expected(prepared: Path, start: Path, split: str = "train") -> list[list[int]]:
@@ -54,10 +66,14 @@ def expected(prepared: Path, start: Path, split: str = "train") -> list[list[int
     return sorted(found)
 
 
-def documents(arrays) -> list[list[int]]:
-    """Ids of each document of a batch: text positions start anew at each, padding is a document of pads."""
+def documents(inputs) -> list[list[int]]:
+    """Ids of each document of a batch: rows by their mask; packed, text positions start anew at each, and
+    padding is a document of pads."""
+    if inputs["attention_mask"] is not None:
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        return [ids[mask].tolist() for ids, mask in pairs]
     found = []
-    for ids, text in zip(arrays["input_ids"], arrays["position_ids"][0], strict=True):
+    for ids, text in zip(inputs["input_ids"], inputs["position_ids"][0], strict=True):
         starts = [*np.flatnonzero(text == 0).tolist(), len(ids)]
         found += [ids[a:b].tolist() for a, b in pairwise(starts)]
     return [ids for ids in found if len(set(ids)) > 1]
@@ -113,139 +129,120 @@ def test_configured_limits_go_before_the_folders(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [pytest.param(None, marks=pytest.mark.full), 220])
-def test_an_epoch_brings_every_sample_once_to_some_rank(prepared, start, tmp_path, tokens):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 2, tokens, per_group=2, window=2))
-    rounds = spec.rounds(0, 2)
-    ranks = [list(Stream(spec, rank, 2, rounds)) for rank in (0, 1)]
-    assert [len(batches) for batches in ranks] == [rounds, rounds]
-    found = [ids for batches in ranks for arrays in batches for ids in documents(arrays)]
+@pytest.mark.parametrize("tokens", [None, 220])
+def test_an_epoch_brings_every_sample_once_to_some_lane(prepared, start, tmp_path, tokens):
+    spec = spec_of(prepared, start, tmp_path, SamplerOptions(3, 2, 2, tokens, window_bytes=30_000))
+    count = rounds(spec, 2)
+    lanes = [list(feed_of(spec, count, 2, lane)) for lane in (0, 1)]
+    assert [len(batches) for batches in lanes] == [count, count]
+    found = [ids for batches in lanes for inputs, *_ in batches for ids in documents(inputs)]
     wanted = expected(prepared, start)
     assert sorted(found) == wanted
-    assert sum(int(arrays["samples"][0]) for batches in ranks for arrays in batches) == len(wanted)
+    assert sum(samples for batches in lanes for _, _, samples, _ in batches) == len(wanted)
     if tokens:
-        longest = max(arrays["input_ids"].shape[1] for batches in ranks for arrays in batches)
-        assert longest <= tokens and sum(len(documents(batches[0])) for batches in ranks) > 4
+        longest = max(inputs["input_ids"].shape[1] for batches in lanes for inputs, *_ in batches)
+        assert longest <= tokens and sum(len(documents(batches[0][0])) for batches in lanes) > 4
 
 
 @pytest.mark.slow
-def test_a_resumed_stream_goes_on_with_the_same_batches(prepared, start, tmp_path):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
-    rounds = spec.rounds(0, 2)
-    whole = Stream(spec, 1, 2, rounds + 3)  # into the second epoch
-    before = [next(whole) for _ in range(rounds - 2)]
-    state = json.loads(json.dumps(whole.position.state()))
-    assert state == {"epoch": 0, "past": [[2, rounds - 2]]}
-    rest, again = list(whole), list(Stream(spec, 1, 2, 5, state))
-    assert len(before) + len(rest) == rounds + 3 and len(again) == 5
-    for one, other in zip(rest, again, strict=True):
-        assert one.keys() == other.keys()
-        assert all(np.array_equal(one[name], other[name]) for name in one)
-    assert whole.position.state() == {"epoch": 1, "past": [[2, 3]]}
-    assert documents(before[0]) != documents(rest[2])  # the second epoch begins otherwise
+def test_tasks_and_the_worker_itself_make_the_same_batches(prepared, start, tmp_path):
+    spec = spec_of(prepared, start, tmp_path, SamplerOptions(3, 2, 2, 220))
+    found = [list(feed_of(one, 6)) for one in (spec, replace(spec, resources=HERE))]
+    for (one, *counts), (other, *same) in zip(*found, strict=True):
+        assert counts == same and one.keys() == other.keys()
+        assert all(one[name] is other[name] or torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_other_ranks_bring_what_is_left_of_an_epoch(prepared, start, tmp_path):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
-    ranks = [Stream(spec, rank, 2, 3) for rank in (0, 1)]
-    found = [ids for rank in ranks for arrays in rank for ids in documents(arrays)]
-    state = ranks[0].position.state()
-    left = spec.rounds(0, 1, ((2, 3),))
-    alone = Stream(spec, 0, 1, left, state)
-    found += [ids for arrays in alone for ids in documents(arrays)]
-    assert sorted(found) == expected(prepared, start)
-    assert alone.position.state() == {"epoch": 1, "past": [[1, 0]]}
+def test_a_feed_goes_on_with_the_same_batches(prepared, start, tmp_path):
+    spec = replace(
+        spec_of(prepared, start, tmp_path, SamplerOptions(3, 1, 1, 220, window_bytes=30_000)), resources=HERE
+    )
+    count = rounds(spec, 2)
+    whole = feed_of(spec, count + 3, 2, 1)  # into the second epoch
+    before = [next(whole) for _ in range(count - 2)]
+    state = json.loads(json.dumps(whole.state()))
+    assert state == {"epoch": 0, "round": count - 2}
+    rest, again = list(whole), list(feed_of(spec, count + 3, 2, 1, step=count - 2, state=state))
+    assert len(before) + len(rest) == count + 3 and len(again) == 5
+    for (one, *counts), (other, *same) in zip(rest, again, strict=True):
+        assert counts == same and one.keys() == other.keys()
+        assert all(one[name] is other[name] or torch.equal(one[name], other[name]) for name in one)
+    assert whole.state() == {"epoch": 1, "round": 3}
+    assert documents(before[0][0]) != documents(rest[2][0])  # the second epoch begins otherwise
 
 
-@pytest.mark.slow
-def test_where_nothing_is_left_other_ranks_begin_the_next_epoch(prepared, start, tmp_path):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(3, 1, 220, window=2))
-    done = {"epoch": 0, "past": [[2, spec.rounds(0, 2)]]}
-    assert Stream(spec, 0, 1, 1, done).position.state() == {"epoch": 1, "past": [[1, 0]]}
+def test_one_worker_works_off_the_lanes_of_two(prepared, start, tmp_path):
+    """Each step has the micro-batches that two would have had, and the last of its own places is nobody's."""
+    spec = replace(spec_of(prepared, start, tmp_path, SamplerOptions(3, 2)), resources=HERE)
+    lanes = [[documents(inputs) for inputs, *_ in feed_of(spec, 4, 2, lane)] for lane in (0, 1)]
+    task = SupervisedTask(VqaSpec(spec.maker.model, GUIDANCE, train_vision=True), spec)
+    alone = list(task.feed(Share(2, 1, (0, 1, None), 0, 4, 4), torch.device("cpu")))
+    assert [documents(inputs) for inputs, _, _, counts in alone if counts] == [
+        lanes[lane][step] for step in range(4) for lane in (0, 1)
+    ]
+    assert [counts for *_, counts in alone] == 4 * [True, True, False]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("conversations", "tokens"),
     [
-        pytest.param(False, None, marks=pytest.mark.full),
         pytest.param(False, 500, marks=pytest.mark.full),
         pytest.param(True, None, marks=pytest.mark.full),
         (True, 500),
     ],
 )
-def test_losses_are_those_of_the_table(prepared, start, tmp_path, tokens, conversations):
-    """The same samples by both ways: the same answer tokens and the same sum of losses."""
-    import ray.data
-
-    from clinkd.data.shards import shard_paths
-
+def test_losses_do_not_depend_on_what_shares_a_sequence(prepared, start, tmp_path, tokens, conversations):
+    """The same samples packed and padded: the same answer tokens and the same sum of losses."""
     vqa = VqaSpec(str(start), GUIDANCE, train_vision=True, coordinate_weight=3.0)
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
-    table = SupervisedTask(rows.filter(expr=ray.data.expressions.col("split") == "train"), tmp_path, vqa)
-    module = table.build().eval()
-    groups = [(record, tuple(range(count))) for record, count in enumerate(table.turn_counts())]
-    spec = spec_of(
-        prepared, start, tmp_path, PlanOptions(0, 3, tokens, per_group=2), conversations=conversations
-    )
-    task = StreamTask(vqa, spec)
-    feed = task.feed(0, 1, spec.rounds(0, 1), None, torch.device("cpu"))
-    with torch.no_grad():
-        wanted, count = table.batch(groups, 0, 1)
-        losses = module(**wanted)
-        streamed = {"loss": 0.0, "ce": 0.0}
-        tokens_seen = 0
-        names = []
-        for inputs, tokens_here, samples in feed:
-            tokens_seen += tokens_here
-            names += feed.names()
-            assert conversations or len(feed.names()) == samples
-            for name, value in module(**inputs).items():
-                streamed[name] += value.item()
-    assert tokens_seen == count
-    documents = [(record, turns[:1]) for record, turns in groups] if conversations else groups
-    assert sorted(names) == sorted(table.names(documents))
-    for name, value in streamed.items():
+    ways = {
+        "plain": (SamplerOptions(0, 3, 2), False),
+        "other": (SamplerOptions(0, 3, 2, tokens), conversations),
+    }
+    sums: dict[str, dict[str, float]] = {}
+    names: dict[str, list[str]] = {}
+    for way, (options, whole) in ways.items():
+        (tmp_path / way).mkdir()
+        spec = replace(spec_of(prepared, start, tmp_path / way, options, conversations=whole), resources=HERE)
+        task = SupervisedTask(vqa, spec)
+        module = task.build().eval()
+        feed = task.feed(share(rounds(spec)), torch.device("cpu"))
+        found, names[way] = {"tokens": 0.0, "samples": 0.0}, []
+        with torch.no_grad():
+            for inputs, count, samples, _ in feed:
+                found = {"tokens": found["tokens"] + count, "samples": found["samples"] + samples} | {
+                    name: found.get(name, 0.0) + value.item() for name, value in module(**inputs).items()
+                }
+                names[way] += feed.names()
+        sums[way] = found
+    assert [sums["other"][key] for key in ("tokens", "samples")] == [
+        sums["plain"][key] for key in ("tokens", "samples")
+    ]
+    first = [name for name in names["plain"] if name.endswith("#0")] if conversations else names["plain"]
+    assert sorted(names["other"]) == sorted(first)
+    for name in ("loss", "ce"):
         if conversations:  # later turns see the earlier ones: another loss, of the same size
-            assert 0.9 < value / losses[name].item() < 1.1 and value != pytest.approx(
-                losses[name].item(), rel=1e-6
-            )
+            ratio = sums["other"][name] / sums["plain"][name]
+            assert 0.9 < ratio < 1.1 and ratio != pytest.approx(1, rel=1e-6)
         else:
-            assert value == pytest.approx(losses[name].item(), rel=1e-5)
+            assert sums["other"][name] == pytest.approx(sums["plain"][name], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_filler_costs_nothing_and_runs_the_tower(prepared, start, tmp_path):
-    spec = spec_of(prepared, start, tmp_path, PlanOptions(0, 1, 10**6, per_group=9, window=99))
-    batches = [list(Stream(spec, rank, 2, spec.rounds(0, 2))) for rank in (0, 1)]
-    assert [len(found) for found in batches] == [1, 1]
-    task = StreamTask(VqaSpec(str(start), GUIDANCE, train_vision=True), spec)
+@pytest.mark.parametrize("tokens", [None, 10**6])
+def test_a_filler_costs_nothing_and_runs_the_tower(prepared, start, tmp_path, tokens):
+    spec = replace(spec_of(prepared, start, tmp_path, SamplerOptions(0, 10**6, 9, tokens)), resources=HERE)
+    assert rounds(spec, 2) == 1
+    task = SupervisedTask(VqaSpec(str(start), GUIDANCE, train_vision=True), spec)
     module = task.build()
     ran = []
     module.model.model.visual.register_forward_hook(lambda *_: ran.append(True))
-    feeds = [task.feed(rank, 2, 1, None, torch.device("cpu")) for rank in (0, 1)]
-    found = [next(feed) for feed in feeds]
-    filler = next(batch for batch in found if batch[2] == 0)
-    assert filler[1] == 0
-    loss = module(**filler[0])["loss"]
+    ((inputs, count, samples, counts),) = task.feed(Share(2, 1, (None,), 0, 1, 1), torch.device("cpu"))
+    assert (count, samples, counts) == (0, 0, False)
+    loss = module(**inputs)["loss"]
     loss.backward()
     assert loss.item() == 0 and ran
     for name, value in module.named_parameters():
         assert value.grad is not None and not value.grad.any(), name
-
-
-def write_shard(folder: Path, rows: list[dict]) -> Path:
-    """A prepared folder of one shard, written by hand."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (folder / "shards").mkdir(parents=True)
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema()), folder / "shards" / "part-00000.parquet", row_group_size=4
-    )
-    (folder / "manifest.json").write_text(json.dumps({"shards": [{"name": "part-00000.parquet"}]}))
-    return folder
 
 
 def record(name: str, pngs: list[bytes], turns: int) -> dict:
@@ -262,57 +259,79 @@ def record(name: str, pngs: list[bytes], turns: int) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_records_of_several_images_show_all_of_them(ray_session, start, tmp_path):
+def test_records_of_several_images_show_all_of_them(start, tmp_path):
     """Alone or packed with others, each document has its own images, in order, once in the batch."""
     rows = [record("a", PICTURES[:1], 1), record("b", PICTURES[1:4], 2), record("c", PICTURES[4:6], 1)]
     folder = write_shard(tmp_path / "data", rows)
-    spec = spec_of(folder, start, tmp_path, PlanOptions(0, 1, 600, per_group=2))
-    (arrays,) = Stream(spec, 0, 1, 1)
-    assert int(arrays["samples"][0]) == 4 and len(documents(arrays)) == 4
-    maker = batch_maker(spec.batch)
+    maker = batch_maker(BatchSpec(str(start), GUIDANCE, packed=True))
+    sequences = (((0, (0,)), (1, (0, 1)), (2, (0,))),)
+    index = build_index(Shards.of(folder), "train")
+    order = order_of(index, Batch((0, 0), sequences), 0)
+    arrays = maker.batch(order, Records(Shards.of(folder), 1 << 20))
+    shown = documents({"attention_mask": None} | arrays)
+    assert int(arrays["samples"][0]) == 4 and len(shown) == 4
     cuts = {row["id"]: [cut(maker.processor, png) for png in (row["png"], *row["more_png"])] for row in rows}
     assert len(arrays["image_grid_thw"]) == 6  # the three of "b" once, though two documents show them
     image_id = maker.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     segments = [arrays["image_grid_thw"][at].prod() // 4 for at in arrays["image_index"]]
     assert sum(segments) == (arrays["input_ids"] == image_id).sum() and len(segments) == 1 + 3 + 3 + 2
     at = 0
-    for ids in documents(arrays):
+    for ids in shown:
         name = {1: "a", 3: "b", 2: "c"}[ids.count(maker.tokenizer.convert_tokens_to_ids("<|vision_start|>"))]
         for image in cuts[name]:
-            shown = arrays["image_index"][at]
-            assert tuple(arrays["image_grid_thw"][shown]) == image.grid
+            place = arrays["image_index"][at]
+            assert tuple(arrays["image_grid_thw"][place]) == image.grid
             starts = [0, *np.cumsum(arrays["image_grid_thw"].prod(1) * arrays["channels"] * 14 * 14)]
             assert np.array_equal(
-                arrays["pixels"][starts[shown] : starts[shown + 1]], image.values.reshape(-1)
+                arrays["pixels"][starts[place] : starts[place + 1]], image.values.reshape(-1)
             )
             at += 1
 
 
 @pytest.mark.slow
-def test_a_bad_image_ends_the_stream_with_the_records_id(ray_session, start, tmp_path):
+def test_a_bad_image_ends_the_feed_with_the_records_id(ray_session, start, tmp_path):
     rows = [record(f"r{at}", [PICTURES[0]], 1) for at in range(6)]
     rows[4]["png"] = rows[4]["png"][:60]
-    spec = spec_of(write_shard(tmp_path / "data", rows), start, tmp_path, PlanOptions(0, 1))
-    with pytest.raises(FeedError, match=r"^record r4: its image cannot be decoded .*clinkd prepare") as error:
-        list(Stream(spec, 0, 1, 6))
-    assert "\n" not in str(error.value)
+    spec = spec_of(write_shard(tmp_path / "data", rows), start, tmp_path, SamplerOptions(0, 1))
+    for resources in (spec.resources, HERE):
+        with pytest.raises(
+            FeedError, match=r"^record r4: its image cannot be decoded .*clinkd prep"
+        ) as error:
+            list(feed_of(replace(spec, resources=resources), 6))
+        assert "\n" not in str(error.value)
 
 
-def test_an_image_of_another_size_than_the_shard_says_is_refused(start):
+def test_an_image_of_another_size_than_the_shard_says_is_refused(start, tmp_path):
     row = record("r0", [picture("L", (300, 40))], 1)
-    maker = batch_maker(BatchSpec(str(start), GUIDANCE, packed=False))
-    tokens = maker.lengths(row)[0]
-    maker.batch([[Asked(row, (0,), tokens)]])
-    stated = row | {"id": "r1", "width": 40}
-    with pytest.raises(FeedError, match=r"record r1: \d+ tokens instead of \d+"):
-        maker.batch([[Asked(stated, (0,), maker.lengths(stated)[0])]])
+    spec = spec_of(write_shard(tmp_path / "a", [row]), start, tmp_path, SamplerOptions(0, 1, 1, 400))
+    assert len(list(feed_of(replace(spec, resources=HERE), 1))) == 1
+    folder = write_shard(tmp_path / "b", [row | {"id": "r1", "width": 40}])
+    spec = spec_of(folder, start, tmp_path, SamplerOptions(0, 1, 1, 400))
+    with pytest.raises(FeedError, match=r"record r1: images of \[\d+\] tokens instead of \[\d+\]"):
+        list(feed_of(replace(spec, resources=HERE), 1))
 
 
-def test_a_shard_that_is_gone_is_named(ray_session, start, tmp_path):
+@pytest.mark.parametrize("how", ["gone", "torn", "replaced"])
+def test_a_shard_that_is_gone_torn_or_replaced_is_named(start, tmp_path, how):
     rows = [record(f"r{at}", [PICTURES[0]], 1) for at in range(3)]
     folder = write_shard(tmp_path / "data", rows)
-    spec = spec_of(folder, start, tmp_path, PlanOptions(0, 1))
-    (folder / "shards" / "part-00000.parquet").unlink()
-    with pytest.raises(FeedError, match=r"part-00000.parquet: row group 0 cannot be read"):
-        list(run_job([[[((0, 0, 0), (0,), 9)]]], spec.shards, spec.batch.make))
+    spec = replace(spec_of(folder, start, tmp_path, SamplerOptions(0, 1)), resources=HERE)
+    shard = folder / "shards" / "part-00000.parquet"
+    content = shard.read_bytes()
+    shard.unlink()
+    if how != "gone":
+        shard.write_bytes(content[: len(content) // 2] if how == "torn" else content)
+    with pytest.raises(FeedError, match=r"part-00000.parquet: row group 0 cannot be read .* changed since"):
+        list(feed_of(spec, 1))
+
+
+def test_a_record_above_every_budget_is_read_alone(start, tmp_path):
+    """A row group and an image larger than what is kept: both are there, one at a time."""
+    rows = [record(f"r{at}", [picture("RGB", (400, 400))], 1) for at in range(6)]
+    spec = spec_of(
+        write_shard(tmp_path / "data", rows), start, tmp_path, SamplerOptions(0, 1, window_bytes=1)
+    )
+    found = list(feed_of(replace(spec, resources=Resources(tasks=0, kept_bytes=1)), 6))
+    assert sorted(ids for inputs, *_ in found for ids in documents(inputs)) == expected(
+        tmp_path / "data", start
+    )

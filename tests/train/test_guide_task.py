@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
+from feeding import batch, source, write_shard
 
 from clinkd.data.boxes import GRID, parse_boxes
+from clinkd.data.images import decode
 from clinkd.data.phantoms import PhantomSpec
 from clinkd.data.regions import coverage, covered, region_pairs
-from clinkd.data.shards import shard_paths
+from clinkd.data.sampler import Position, SamplerOptions
+from clinkd.data.shards import iter_rows
 from clinkd.model.rope import RopeGuidance
-from clinkd.train.guide_task import GuideTask, _taught
-from clinkd.train.ledger import Ledger
+from clinkd.train.guide_task import GuideBatchSpec, GuideTask, _taught
 from clinkd.train.tasks import VqaSpec
+
+SAID = {"task": "mia", "question": "What is shown?", "answer": "Nothing much.", "trusted": True}
 
 
 @pytest.fixture(scope="module")
@@ -29,31 +33,43 @@ def prepared(ray_session, tmp_path_factory) -> Path:
     return out
 
 
-class Rows:
-    """The shards as Ray Data would deal them, without Ray."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def iter_batches(self, **_: Any) -> Any:
-        yield from (pq.read_table(str(path)) for path in shard_paths(self.folder))
-
-
 @pytest.fixture(scope="module")
 def task(prepared: Path, start: Path, tmp_path_factory) -> GuideTask:
     spec = VqaSpec(str(start), RopeGuidance(), train_vision=True)
-    return GuideTask(Rows(prepared), tmp_path_factory.mktemp("scratch"), spec)
+    options = SamplerOptions(0, 4, per_group=1_000_000)
+    return GuideTask(
+        spec, source(prepared, tmp_path_factory.mktemp("index"), GuideBatchSpec(spec.model), options)
+    )
 
 
-def defined(task: GuideTask, records: list[int]) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def turns(prepared: Path, task: GuideTask) -> list[list[dict[str, Any]]]:
+    """Of each record of the index."""
+    rows = {row["id"]: row for row in iter_rows(prepared)}
+    index = task.source.records()
+    return [rows[index.id(record)]["turns"] for record in range(len(index))]
+
+
+@pytest.fixture(scope="module")
+def images(prepared: Path, task: GuideTask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pixels and grid of each record of the index, by the processor."""
+    rows = {row["id"]: row for row in iter_rows(prepared)}
+    index, found = task.source.records(), []
+    for record in range(len(index)):
+        made = task.processor(images=[decode(rows[index.id(record)]["png"])], return_tensors="pt")
+        found.append((made["pixel_values"], made["image_grid_thw"]))
+    return found
+
+
+def defined(task: GuideTask, turns: Any, images: Any, records: list[int]) -> dict[str, torch.Tensor]:
     """The batch of these records by the definition, made of nothing that is kept."""
-    pairs = [region_pairs(task.table.turns(record)) for record in records]
+    pairs = [region_pairs(turns[record]) for record in records]
     texts = list(dict.fromkeys(pair.phrase for found in pairs for pair in found))
     names = list(dict.fromkeys(pair.phrase for found in pairs for pair in found if pair.name))
     ids = task.tokenizer(
         [f" {text}" for text in texts], padding=True, padding_side="right", return_tensors="pt"
     )
-    seen = [task.images[record] for record in records]
+    seen = [images[record] for record in records]
     labels, known, regions, owners, numbers, before = [], [], [], [], [], 0
     for found, (_, grids) in zip(pairs, seen, strict=True):
         _, rows, columns = (grids[0] // torch.tensor([1, 2, 2])).tolist()
@@ -87,25 +103,30 @@ def defined(task: GuideTask, records: list[int]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def test_batches_are_the_definitions_bit_for_bit_however_often_a_record_was_dealt(task: GuideTask) -> None:
-    ledger = Ledger(task.turn_counts(), 1_000_000, 0)
-    for step in range(18):  # three epochs of 24 records, so that most of it is kept from before
-        groups = ledger.share(step * 4, 0, 4)
-        batch, count = task.batch(groups, step, 18)
-        wanted = defined(task, list(dict.fromkeys(record for record, _ in groups)))
-        assert batch.keys() == wanted.keys() and count == len(wanted["regions"])
+def test_batches_are_the_definitions_however_often_a_record_was_dealt(task, turns, images) -> None:
+    sampler = task.source.sampler(1)
+    for step, position in enumerate(islice(sampler.walk(Position()), 18)):  # three epochs, most of it kept
+        groups = sampler.batch(position, 0).groups
+        inputs, count = batch(task, groups, step, 18)
+        wanted = defined(task, turns, images, list(dict.fromkeys(record for record, _ in groups)))
+        assert inputs.keys() == wanted.keys() and count == len(wanted["regions"])
         for key, value in wanted.items():
-            assert batch[key].dtype == value.dtype and torch.equal(batch[key], value), key
+            assert inputs[key].dtype == value.dtype, key
+            if key == "pixel_values":
+                torch.testing.assert_close(inputs[key], value, atol=2e-6, rtol=0)
+            else:
+                assert torch.equal(inputs[key], value), key
 
 
-def test_a_kept_record_is_not_changed_by_its_batches(task: GuideTask) -> None:
+def test_a_kept_record_is_not_changed_by_its_batches(task, turns, images) -> None:
     groups = [(record, (0,)) for record in (3, 1, 2)]
-    first, _ = task.batch(groups, 0, 1)
+    first, _ = batch(task, groups)
     for value in first.values():
         value.zero_()  # pixels too: they are copied into a batch
-    again, _ = task.batch(groups, 0, 1)
+    again, _ = batch(task, groups)
     assert again["labels"].sum() > 0 and again["phrase_ids"].sum() > 0
-    assert torch.equal(again["pixel_values"], defined(task, [3, 1, 2])["pixel_values"])
+    wanted = defined(task, turns, images, [3, 1, 2])["pixel_values"]
+    torch.testing.assert_close(again["pixel_values"], wanted, atol=2e-6, rtol=0)
 
 
 def test_a_patch_belongs_to_the_region_that_covers_most_of_it() -> None:
@@ -123,8 +144,14 @@ def test_a_patch_belongs_to_the_region_that_covers_most_of_it() -> None:
     assert text == "Where is the liver?" and cells.tolist() == [0, 2]
 
 
-def test_records_without_regions_make_a_batch(task: GuideTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "_taught", lambda record, grid: _taught([], 4, 4, int))
-    batch, count = task.batch([(0, (0,)), (1, (0,))], 0, 1)
-    assert count == 1 and batch["labels"].shape == (32, 1) and batch["phrase_ids"].shape[0] == 1
-    assert batch["regions"].shape == (0,) and batch["numbers"].shape == (0, 4)
+@pytest.mark.parametrize("records", [2, 0])
+def test_records_without_regions_make_a_batch_and_so_do_none(prepared, start, tmp_path, records) -> None:
+    rows = [row | {"turns": [SAID]} for row in islice(iter_rows(prepared), 2)]
+    spec = VqaSpec(str(start), RopeGuidance(), train_vision=True)
+    folder = write_shard(tmp_path / "data", [row | {"split": "train"} for row in rows])
+    mine = GuideTask(spec, source(folder, tmp_path, GuideBatchSpec(spec.model)))
+    inputs, count = batch(mine, [(record, (0,)) for record in range(records)])
+    assert count == min(1, records) and inputs["phrase_ids"].shape[0] == 1
+    assert inputs["labels"].shape == (32 if records else 1, 1)
+    assert inputs["regions"].shape == (0,) and inputs["numbers"].shape == (0, 4)
+    assert mine.build()(**inputs)["loss"].item() == 0

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from feeding import batch, source
+from tiny_training import Fed
 
 from clinkd.config import ConfigError
 from clinkd.data.phantoms import PhantomSpec
+from clinkd.data.shards import iter_rows
 
 pytestmark = pytest.mark.slow
 
@@ -50,33 +53,23 @@ def teacher(start, tmp_path_factory) -> Path:
     return save_model(model, tokenizer, load_processor(str(start)), tmp_path_factory.mktemp("teacher"))
 
 
-def rows_of(prepared: Path) -> Any:
-    import ray.data
-
-    from clinkd.data.shards import shard_paths
-
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
-    return rows.filter(expr=ray.data.expressions.col("split") == "train")
-
-
 @pytest.fixture(scope="module")
 def cache(prepared, teacher, tmp_path_factory) -> str:
     """What stage label would keep, in float16; a third of the answers are the teacher's own."""
     from clinkd.distill.labeller import Labeller, LabelSpec
     from clinkd.distill.teacher_cache import Store, write_index
-    from clinkd.model.clinkd_qwen2vl import load_model
 
     root, out = tmp_path_factory.mktemp("stores"), tmp_path_factory.mktemp("label")
     store = Store(root, "teacher")
-    store.open(load_model(teacher).lm_head.weight, {})
-    rows = rows_of(prepared).take_all()
+    store.open({})
+    rows = list(iter_rows(prepared, "train"))
     spec = LabelSpec(str(teacher), str(root), "teacher", max_new_tokens=8, hidden_share=0.3)
-    found = Labeller(spec)({key: [row[key] for row in rows] for key in rows[0]})
-    write_index(out, list(zip(found["sample"], found["task"], found["key"], strict=True)), store, spec.form)
+    (table,) = Labeller(spec).tables([rows])
+    write_index(out, table.drop_columns(["new", "passes"]), store, spec.form)
     return str(out)
 
 
-class Maker:
+class Maker(Fed):
     """Makes a task on a worker, in the place of ``SupervisedTask``."""
 
     def __init__(self, cache: str, kind: Any = None, **online: Any) -> None:
@@ -86,14 +79,23 @@ class Maker:
         options = {"a": 2.0, "temperature": 1.0, "divergence": "forward_kl"}
         self.distill = DistillSpec(cache, options, start_quantile=0.5, end_quantile=0.0)
 
-    def __call__(self, rows: Any, scratch: Path, spec: Any, zero: int) -> Any:
+    def batches(self, spec: Any) -> Any:
+        """What makes its batches."""
+        from clinkd.train.batches import BatchSpec
+        from clinkd.train.targets import Labels
+
+        return BatchSpec(
+            spec.model, spec.guidance, targets=Labels(self.distill.cache, states=not self.online)
+        )
+
+    def __call__(self, spec: Any, source: Any, zero: int) -> Any:
         from clinkd.train.distill_task import DistillTask
         from clinkd.train.online_task import OnlineDistillTask, OnlineSpec
 
         if not self.online:
-            return DistillTask(rows, scratch, spec, self.distill, zero)
+            return DistillTask(spec, source, self.distill, zero)
         kind = self.kind() if self.kind else OnlineDistillTask
-        return kind(rows, scratch, spec, self.distill, OnlineSpec(**self.online), zero)
+        return kind(spec, source, self.distill, OnlineSpec(**self.online), zero)
 
 
 def spec_of(start: Path, **more: Any) -> Any:
@@ -205,7 +207,8 @@ def test_resumed_it_samples_the_same_answers(prepared, start, teacher, cache, tm
 @pytest.fixture(scope="module")
 def made(prepared, start, teacher, cache, tmp_path_factory) -> Any:
     online = {"teacher": str(teacher), "on_policy": 1.0, "max_new_tokens": 40, "seed": 3}
-    return Maker(cache, **online)(rows_of(prepared), tmp_path_factory.mktemp("task"), spec_of(start), 0)
+    maker, spec = Maker(cache, **online), spec_of(start)
+    return maker(spec, source(prepared, tmp_path_factory.mktemp("task"), maker.batches(spec)), 0)
 
 
 @pytest.fixture
@@ -228,7 +231,7 @@ def test_sampled_are_the_students_own_tokens_up_to_their_end(task) -> None:
     task.student.lm_head.weight.data.zero_()  # every token is as likely as another
     seen: set[int] = set()
     for step in range(4):
-        inputs, tokens = task.batch(GROUPS, step, 4)
+        inputs, tokens = batch(task, GROUPS, step, 4)
         answers = [row[row != -100].tolist() for row in inputs["labels"]]
         assert tokens == sum(map(len, answers)) == len(inputs["teacher_hidden"])
         for answer in answers:
@@ -242,7 +245,7 @@ def test_sampled_are_the_students_own_tokens_up_to_their_end(task) -> None:
     silent = task.student.lm_head.register_forward_hook(
         lambda module, given, logits: logits.index_fill(-1, torch.tensor(end), 1e4)
     )
-    inputs, tokens = task.batch(GROUPS, 8, 9)  # in the last step nothing waits
+    inputs, tokens = batch(task, GROUPS, 8, 9)  # in the last step nothing waits
     silent.remove()
     assert [row[row != -100].tolist() for row in inputs["labels"]] == [[end]] * 5
     assert tokens == len(inputs["teacher_hidden"]) == 5
@@ -252,7 +255,7 @@ def test_what_is_sampled_follows_from_seed_step_and_groups(task) -> None:
     import torch
 
     random = torch.random.get_rng_state()
-    first, again, later = (task.batch(GROUPS, step, 9)[0] for step in (4, 4, 5))
+    first, again, later = (batch(task, GROUPS, step, 9)[0] for step in (4, 4, 5))
     assert torch.equal(first["labels"], again["labels"])
     assert not torch.equal(first["labels"], later["labels"])
     assert torch.equal(torch.random.get_rng_state(), random)  # training's own stays where it was

@@ -42,10 +42,10 @@ def test_a_job_keeps_the_steps_and_workers_it_began_with(tmp_path: Path) -> None
 def test_shards_fit_the_ranks_and_stage_that_wrote_them(
     tmp_path: Path, ranks: int, zero: int, fits: bool
 ) -> None:
-    standing = Standing(5, 20, 2, 1, Begun(40, 2), {"epoch": 0, "past": [[2, 5]]})
+    standing = Standing(5, 2, 1, Begun(40, 2), {"epoch": 0, "round": 5})
     standing.write(tmp_path)
     assert Standing.read(tmp_path) == standing and standing.fits(ranks, zero) is fits
-    assert Standing(5, 20, 2, 0, Begun(40, 2)).fits(7, 0)
+    assert Standing(5, 2, 0, Begun(40, 2)).fits(7, 0)
 
 
 @pytest.mark.parametrize("kept", [None, "{}", '{"step": 5, "more": 1}', "not json"])

@@ -19,7 +19,6 @@ TESTS = Path(__file__).parents[1]
 
 def train_and_listen(out: Path) -> None:
     """Twelve steps on one rank, the third of which is not finite; prints (name, value, tags) of all."""
-    import numpy as np
     import torch.distributed as dist
     from line_task import LineTask
 
@@ -38,20 +37,16 @@ def train_and_listen(out: Path) -> None:
 
         inc = set
 
-    class Rows:
-        def iter_batches(self, batch_size: int | None = None):
-            yield {"id": np.arange(32)}
-
     metrics._in_ray, metrics._made = lambda: True, Listener  # type: ignore[assignment]
     metrics.about(run="mine", stage="line", rank="0")
     dist.init_process_group("gloo", rank=0, world_size=1)
     job = TrainJob(
-        stage="line", make_task=lambda rows, scratch: LineTask(rows, scratch, nan=(3,)),
+        stage="line", make_task=lambda: LineTask(2, nan=(3,)),
         optim=OptimSection(batch_size=2, lr=0.05), compute=ComputeSection(workers=1, checkpoint_every=5),
         zero_stage=1, steps=12, seed=3, out=str(out), work=str(out / "work"), run="mine",
         store=str(out / "store"),
     )  # fmt: skip
-    Worker(job, job.make_task(Rows(), out), 0, 1).run()
+    Worker(job, job.make_task(), 0, 1).run()
     (out / "told.json").write_text(json.dumps(told))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ending
+from feeding import answers, source
 
 from clinkd.config import ComputeSection, OptimSection
 from clinkd.train.crew import Crew
@@ -23,6 +25,13 @@ def made_up_scores(prepared: Path, out: Path) -> str:
     alignment = [number % 11 / 10 for number in range(len(names))]
     write_scores(out, names, alignment, maps, [[3]] * len(names), [[4]] * len(names))
     return str(out / FILE)
+
+
+class Fed:
+    """Of a test's own maker of tasks that brings its own maker of batches."""
+
+    def batches(self, spec: Any) -> Any:
+        raise NotImplementedError
 
 
 _crew: Crew | None = None
@@ -54,34 +63,35 @@ def train_each(
     prepared: Path, ways: dict[str, tuple[Path, Any, dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
     """One training after the other, each (out, spec, how)."""
-    import ray.data
-
-    from clinkd.data.shards import shard_paths
-
-    jobs = [job_of(*way) for way in ways.values()]
-    rows = ray.data.read_parquet([str(path) for path in shard_paths(prepared)])
-    kept = rows.filter(expr=ray.data.expressions.col("split") == "train")
+    jobs = [job_of(prepared, *way) for way in ways.values()]
     for job in jobs:
-        crew(job.compute).fit(job, kept)
+        crew(job.compute).fit(job)
     return {
         name: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         for name, (out, _, _) in ways.items()
     }
 
 
-def job_of(out: Path, spec: Any, how: dict[str, Any]) -> Any:
-    """``how``: zero, steps, until; precision, checkpoint_every, compute (more of that section); task: not
-    SupervisedTask; optim: more of that section."""
+def job_of(prepared: Path, out: Path, spec: Any, how: dict[str, Any]) -> Any:
+    """``how``: zero, steps, until; precision, checkpoint_every, compute (more of that section); optim: more
+    of that section; feed: more of ``SamplerOptions``; task: makes another than SupervisedTask of (spec,
+    source, zero), and as a ``Fed`` what makes its batches."""
+    from clinkd.data.sampler import SamplerOptions
     from clinkd.train.loop import TrainJob
     from clinkd.train.tasks import SupervisedTask
 
     out.mkdir(exist_ok=True)
     kind, zero = how.get("task") or SupervisedTask, how["zero"]
     compute = {key: how[key] for key in ("precision", "checkpoint_every") if key in how}
+    optim = OptimSection(**{"batch_size": 2, "questions_per_image": 3, "lr": 5e-3} | how.get("optim", {}))
+    options = SamplerOptions(0, optim.batch_size, optim.questions_per_image, **how.get("feed", {}))
+    plain = answers(spec, packed=options.tokens is not None)
+    maker = kind.batches(spec) if isinstance(kind, Fed) else plain
+    fed = source(prepared, out, maker, options)
     return TrainJob(
         stage="teacher",
-        make_task=lambda rows, scratch: kind(rows, scratch, spec, zero),
-        optim=OptimSection(**{"batch_size": 2, "questions_per_image": 3, "lr": 5e-3} | how.get("optim", {})),
+        make_task=partial(kind, spec, fed, zero),
+        optim=optim,
         compute=ComputeSection(**{"workers": 2, "checkpoint_every": 100} | compute | how.get("compute", {})),
         zero_stage=zero,
         steps=how["steps"],
