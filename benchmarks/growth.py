@@ -1,4 +1,4 @@
-"""How time and the driver's memory grow with the records: preparation, light columns, index, sampler.
+"""How time and the driver's memory grow with the records: preparation, index, sampler, start, reading.
 
     python benchmarks/growth.py [--sizes 5000,20000,80000] [--only NAME ...] [--out FOLDER] [--json FILE]
 
@@ -6,7 +6,8 @@ The records are images of 32 x 32 pixels with 8 turns each, as a Med-GRIT folder
 what the others read. Each measurement runs in a process of its own, after the same on 64 records, so that
 imports and Ray's start are not counted. Printed are seconds, the growth of the driver's anonymous memory at
 its highest (Arrow's and numpy's memory too), how many times the size before took, and the slope of log time
-and log memory over log records: 1 is growth in proportion. --out keeps the data for the next time.
+and log memory over log records: 1 is growth in proportion. Then ten million turns are planned, and packed.
+--out keeps the data for the next time.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main() -> None:
         if chosen.out is None:
             shutil.rmtree(folder, ignore_errors=True)
     show(found)
+    if "sampler" in chosen.only:
+        ten_million()
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -83,58 +86,125 @@ def measure_prepare(data: Path) -> dict[str, float]:
     return found
 
 
-def measure_light(data: Path) -> dict[str, float]:
-    """The light columns as the stages read them in the driver: turns of each training record."""
-    from clinkd.data.shards import samples
-
-    with watched() as found:
-        turns: dict[str, int] = {}
-        for sample in samples(data, "train"):
-            turns[sample["id"]] = turns.get(sample["id"], 0) + 1
-    return found
-
-
-# FILL IN: what reads the records' index. Its module is being rewritten.
 def measure_index(data: Path) -> dict[str, float]:
-    """The index of places and lengths, through Ray Data, as the streamed stage makes it."""
-    from clinkd.data.feed import Shards, build_index
+    """Where the records of the training split stand."""
+    from clinkd.data.index import build_index
+    from clinkd.data.shards import Shards
 
     with watched() as found:
-        index = build_index(Shards.of(data), "train", lengths)
+        index = build_index(Shards.of(data), "train")
     index.write(data.parent / "index.arrow")
     return found
 
 
-# FILL IN: what deals an epoch out. Its module is being rewritten.
 def measure_sampler(data: Path) -> dict[str, float]:
-    """The batches of one epoch for two ranks, out of the index that `index` left (made where it is not)."""
-    from clinkd.data.plan import LengthIndex, PlanOptions, plan_epoch
+    """The plan of one epoch for two lanes, out of the index on the disk."""
+    from clinkd.data.index import RecordIndex
+    from clinkd.data.sampler import Epoch, SamplerOptions
 
     path = data.parent / "index.arrow"
     if not path.is_file():
         measure_index(data)
-    index = LengthIndex.read(path)
     with watched() as found:
-        batches = plan_epoch(index, PlanOptions(0, 8), 0, 2)
-    found["steps"] = len(batches[0])
+        epoch = Epoch(RecordIndex.read(path), SamplerOptions(0, 8, per_group=4), 0, 2)
+    found["steps"] = epoch.rounds
     return found
+
+
+def measure_start(data: Path) -> dict[str, float]:
+    """Index, sampler and the first batch, as a stage's driver and one of its workers make them."""
+    from clinkd.data.feed import order_of
+    from clinkd.data.index import build_index
+    from clinkd.data.reading import KEPT_BYTES, Records
+    from clinkd.data.sampler import BatchSampler, Position, SamplerOptions
+    from clinkd.data.shards import Shards
+    from clinkd.model.rope import RopeGuidance
+    from clinkd.train.batches import BatchSpec
+
+    maker = BatchSpec(str(model()), RopeGuidance())
+    with watched() as found:
+        shards = Shards.of(data)
+        index = build_index(shards, "train")
+        index.write(data.parent / "start.arrow")
+        sampler = BatchSampler(index, SamplerOptions(0, 8, per_group=4), lanes=2)
+        maker.make(order_of(index, sampler.batch(Position(), 0), 0), Records(shards, KEPT_BYTES))
+    return found
+
+
+class Counting:
+    """The work of an actor that counts the turns of what it reads: all of labelling but the model."""
+
+    def tables(self, batches: Any) -> Iterator[Any]:
+        import pyarrow as pa
+
+        yield pa.table({"turns": [len(record["turns"]) for records in batches for record in records]})
+
+
+def measure_reading(data: Path) -> dict[str, float]:
+    """All records through two actors that read them, as labelling, scoring and predicting do."""
+    from clinkd.data.index import build_index
+    from clinkd.data.pieces import work_on
+    from clinkd.data.reading import Questions
+    from clinkd.data.shards import Shards
+
+    shards = Shards.of(data)
+    index = build_index(shards, None)
+    with watched() as found:
+        tables = list(work_on(Questions(shards, index.place), Counting, actors=2))
+    assert sum(sum(table.column("turns").to_pylist()) for table in tables) == index.starts[-1]
+    return found
+
+
+@functools.cache
+def model() -> Path:
+    """A tokenizer and an image processor."""
+    from clinkd.data.boxes import to_qwen
+    from clinkd.model.presets import TinySize, write_new_model
+
+    turns = [turn for record in records() for turn in record.turns]
+    texts = [to_qwen(text) for turn in turns for text in (turn.question, turn.answer)]
+    size = TinySize(hidden=64, layers=1, heads=2, mlp=64, vision_hidden=32, vision_layers=1)
+    return write_new_model(texts, size, Path(tempfile.mkdtemp(prefix="clinkd-growth-model-")), vocab_size=800)
+
+
+def ten_million() -> None:
+    """An epoch of ten million turns, planned and packed."""
+    import pyarrow as pa
+
+    from clinkd.data.index import RecordIndex
+    from clinkd.data.sampler import Epoch, SamplerOptions
+
+    count = 1_250_000
+    at = np.arange(count, dtype=np.int32)
+    columns = {
+        "shard": at // 4096,
+        "group": at % 4096 // 64,
+        "row": at % 64,
+        "turns": np.full(count, 8, np.int32),
+    }
+    columns |= {"group_bytes": np.full(count, 4 << 20)}
+    index = RecordIndex(pa.table({"id": pa.array(at.astype(str))} | columns))
+    tokens = np.random.default_rng(0).integers(40, 90, 8 * count).astype(np.int32)
+    listed = pa.ListArray.from_arrays(np.arange(0, 8 * count + 1, 8, np.int32), tokens)
+    measured_index = RecordIndex(index.table.append_column("lengths", listed))
+    for name, of, options in (
+        ("planned", index, SamplerOptions(0, 8, per_group=4)),
+        ("planned and packed", measured_index, SamplerOptions(0, 8, per_group=4, tokens=2048)),
+    ):
+        with watched() as found:
+            Epoch(of, options, 0, 8)
+        print(f"ten million turns {name}: {found['seconds']:.1f} s, {found['mb']:.0f} MB", flush=True)
 
 
 # --- End of what is measured.
 
 MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
     "prepare": measure_prepare,
-    "light columns": measure_light,
     "index": measure_index,
     "sampler": measure_sampler,
+    "start": measure_start,
+    "reading": measure_reading,
 }
-
-
-def lengths(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """Words in the place of tokens: the tokenizer is not what is measured."""
-    return [
-        [len(turn["question"].split()) + len(turn["answer"].split()) for turn in row["turns"]] for row in rows
-    ]
 
 
 @contextlib.contextmanager

@@ -91,6 +91,12 @@ class Draft:
         self.artifact: Artifact | None = None
         self._store, self._inputs, self._settings = store, dict(inputs), dict(settings)
         self._before, self._started = 0.0, time.time()
+        self._digests: dict[str, str] = {}
+
+    def know(self, digests: Mapping[str, str]) -> None:
+        """SHA-256 of files by their name in ``path``, as who wrote them worked them out: a commit need not
+        read these again."""
+        self._digests.update(digests)
 
     @property
     def work(self) -> Path:
@@ -104,7 +110,7 @@ class Draft:
         if self.artifact is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return self.artifact
-        files = _listing(self.path)
+        files = _listing(self.path, self._digests)
         meta: dict[str, Any] = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -274,13 +280,17 @@ def _inspect(path: Path, fp: str) -> tuple[dict[str, Any], str]:
     return meta, ""
 
 
-def _listing(path: Path) -> dict[str, list[Any]]:
-    """{relative name: [bytes, SHA-256]} of all files but the marker, the attempts and ``work/``."""
+def _listing(path: Path, known: Mapping[str, str]) -> dict[str, list[Any]]:
+    """{relative name: [bytes, SHA-256]} of all files but the marker, the attempts and ``work/``.
+
+    ``known``: digests that need not be worked out.
+    """
     files = {}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         if file.is_file() and relative.parts[0] not in (WORK, MARKER, ATTEMPTS, UNFINISHED):
-            files[relative.as_posix()] = [file.stat().st_size, storage.sha256(file)]
+            name = relative.as_posix()
+            files[name] = [file.stat().st_size, known.get(name) or storage.sha256(file)]
     return files
 
 

@@ -130,6 +130,14 @@ def feed_cpus(workers: int, cpus_per_worker: float, tasks: int) -> float:
     return max(0.01, min(1.0, 0.9 * left / (workers * tasks)))
 
 
+def logs() -> str:
+    """The folder of this Ray's logs, which has one name on all nodes."""
+    import ray
+
+    node = ray._private.worker._global_node if ray.is_initialized() else None
+    return f"{node.get_session_dir_path() if node else '/tmp/ray/session_latest'}/logs"
+
+
 def beside_the_driver() -> dict[str, Any]:
     """Options of an actor that may not go away with another node than the one whose loss ends the run."""
     import ray

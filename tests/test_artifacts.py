@@ -79,6 +79,14 @@ def test_a_committed_artifact_is_found_with_its_counts_and_files(tmp_path: Path)
     assert found.meta["versions"]["python"] and found.verify() == []
 
 
+def test_what_the_writers_hashed_is_not_read_again(tmp_path: Path) -> None:
+    with Store(tmp_path).build("label", FP, {}, {}) as draft:
+        (draft.path / "large").write_text("x")
+        draft.know({"large": "0" * 64})
+        made = draft.commit()
+    assert made.meta["files"]["large"] == [1, "0" * 64] and made.verify() == ["large"]
+
+
 def test_nothing_is_found_before_the_commit(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.build("distill", FP, {}, {}) as draft:

@@ -28,11 +28,12 @@ from clinkd.data.records import case_of, modality_of
 from clinkd.data.shards import schema
 from clinkd.data.validate import Folder, Limits, RowError, reason
 
-FORMAT = 2
+FORMAT = 3
 """Of shards and of what parts leave; another number makes a run that goes on start over."""
 ROW_GROUP = 64
-GROUP_BYTES = 32 << 20
-"""Images, and their bytes, after which a Parquet row group ends: what a streaming reader holds at once."""
+GROUP_BYTES = 4 << 20
+"""Images, and their bytes, after which a Parquet row group ends: what is read for one image that is asked for
+by itself, and what windows of training are put together of."""
 
 
 class Tally:

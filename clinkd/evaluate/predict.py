@@ -11,6 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class PredictSpec:
     scores: str | None = None  # the guide's scores, when the guidance wants them; else
     guide: str | None = None  # the guide's folder, to score on the fly
     likelihood: bool = False  # of the true answers, in the place of answers
+    dtype: str | None = None  # the model runs in; None: float32 on CPUs, the checkpoint's own on GPUs
 
 
 class Answerer:
@@ -52,7 +54,8 @@ class Answerer:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = load_model(spec.model)
+        dtype = spec.dtype or ("float32" if device == "cpu" else stored_dtype(spec.model))
+        self.model: Any = load_model(spec.model, dtype=getattr(torch, dtype))
         self.model = self.model.eval().to(device)
         self.guided = guidance_of(self.model.config).guided
         self.scores = Scores(spec.scores)
@@ -166,6 +169,12 @@ class Answerer:
             yield {"log_likelihood": float(part.sum()), "tokens": len(part)}
 
 
+def stored_dtype(model: str) -> str:
+    """What a checkpoint's config.json says its weights are; float32 where it says nothing."""
+    found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return str(found.get("dtype") or found.get("torch_dtype") or "float32")
+
+
 def published(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Answered rows as the published scripts read them: a running id, one response; in the samples' order."""
     kept = ("sample", "image", "task", "question", "annotation")
@@ -178,7 +187,6 @@ def published(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def write_predictions(rows: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """Writes ``published`` lines."""
-    import json
     import os
 
     lines = published(rows)

@@ -62,13 +62,15 @@ def student_start(run: Run, draft: Draft) -> Path:
         return start_model(run, draft, model.tiny, model.path, run.config.student_seed)
     folder = draft.work / "start"
     if not (folder / "config.json").is_file():
+        import torch
         from transformers import AutoImageProcessor, AutoTokenizer
 
         from clinkd.model.clinkd_qwen2vl import load_model, save_model
         from clinkd.model.students import student_from_teacher, student_with_new_layers
 
         taught = teacher_folder(run)
-        teacher, tokenizer = load_model(taught), AutoTokenizer.from_pretrained(taught)
+        dtype = getattr(torch, model.dtype)
+        teacher, tokenizer = load_model(taught, dtype=dtype), AutoTokenizer.from_pretrained(taught)
         size, seed = model.tiny, run.config.student_seed
         student = (
             student_from_teacher(teacher, size.layers, size.mlp)

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _answers(
         )
     spec = PredictSpec(
         str(model.resolve()), options.batch_size, options.max_new_tokens, seed=run.config.run.seed,
-        scores=scores(run, run.config.rope), likelihood=likelihood,
+        scores=scores(run, run.config.rope), likelihood=likelihood, dtype=run.config.model.dtype,
     )  # fmt: skip
     chosen = index.place[first_records(index, limit)]
     questions = Questions(Shards.of(run.done["prepare"].path), chosen)
@@ -163,11 +163,13 @@ def score(
     result: dict[str, Any] = dict(
         score_tasks(by_task, spice_jars=Path(spice_jars) if spice_jars else None, text_metrics=text_metrics)
     )
-    train: dict[str, list[dict[str, Any]]] = {"vg": [], "roc": []}
-    for sample in samples(data, "train"):
-        if sample["task"] in train:
-            train[sample["task"]].append(sample | {"annotation": sample["answer"]})
-    result["baselines"] = baselines(train["vg"], by_task["vg"], train["roc"], by_task["roc"])
+
+    def trained(task: str) -> Iterator[dict[str, Any]]:
+        for sample in samples(data, "train"):
+            if sample["task"] == task:
+                yield {"image": sample["image"], "annotation": sample["answer"]}
+
+    result["baselines"] = baselines(trained("vg"), by_task["vg"], trained("roc"), by_task["roc"])
     result["versions"] = versions()
     return result
 

@@ -8,6 +8,7 @@ from typing import Any
 from clinkd import metrics, storage
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import DataSection
+from clinkd.data.shards import SHARDS
 from clinkd.stages.base import Run, content_digest
 
 
@@ -38,6 +39,7 @@ def prepare(run: Run) -> Artifact:
             limits=Limits(max_pixels=data.max_pixels),
             progress=lambda _, done, total: run.progress.update(done, total=total),
         )
+        draft.know({f"{SHARDS}/{shard['name']}": shard["sha256"] for shard in manifest["shards"]})
         kept = ("records_in", "records_out", "quarantined", "duplicates", "images", "by_split")
         counts = {key: manifest[key] for key in kept}
         run.progress.finish(records=manifest["records_out"], quarantined=manifest["quarantined"])
@@ -47,7 +49,7 @@ def prepare(run: Run) -> Artifact:
         metrics.DATA_DUPLICATE.set(manifest["duplicates"], run=name)
         return counts
 
-    return run.stage("prepare", [], settings, make, version=2)
+    return run.stage("prepare", [], settings, make, version=3)
 
 
 def _content(data: DataSection) -> str:

@@ -201,7 +201,7 @@ class _Stage:
         options = self.run.config.evaluate
         return PredictSpec(
             str(model.resolve()), options.batch_size, options.max_new_tokens,
-            scores=scores(self.run, self.run.config.rope),
+            scores=scores(self.run, self.run.config.rope), dtype=self.run.config.model.dtype,
         )  # fmt: skip
 
     @cached_property
@@ -256,6 +256,7 @@ class _Stage:
         spec = PredictSpec(
             str(self._corrector), config.evaluate.batch_size, config.evaluate.max_new_tokens,
             candidates=config.reflect.candidates, temperature=config.reflect.temperature,
+            dtype=config.model.dtype,
         )  # fmt: skip
         seed = 1_000_000 * config.student_seed + 10_000 * number
         rows = self.desks.ask(spec, questions, folder / "candidates", title, seed)

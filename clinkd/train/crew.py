@@ -8,7 +8,8 @@ Decisions:
   runs. All ranks take the jobs in their order and finish each together.
 - A worker that dies is Ray Train's affair: it starts the group again, which takes up the first job that is
   not settled, from its last checkpoint.
-- An error that is the data's is the job's result, not the crew's end.
+- An error that is the data's is the job's result, not the crew's end. So is one that a second attempt ends
+  with too: a third would not mend it.
 - Between jobs a crew holds its CPUs and GPUs, so stages keep one only where Ray was started for them
   (``cluster.declared_cpus``), and never on GPUs, which other stages want.
 """
@@ -24,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from clinkd import cluster, metrics
 from clinkd.config import ComputeSection
@@ -35,6 +36,13 @@ SOON = 10.0
 """Seconds for workers to end that have nothing more to do."""
 
 
+class Outcome(NamedTuple):
+    """What ended a job, in one line; both empty where all went well."""
+
+    refused: str
+    failed: str
+
+
 class Mailbox:
     """Jobs in their order; an actor whose calls wait (asyncio)."""
 
@@ -42,7 +50,7 @@ class Mailbox:
         import asyncio
 
         self._jobs: list[Any] = []
-        self._settled: list[str] = []
+        self._settled: list[Outcome] = []
         self._failures: list[str] = []
         self._closed = False
         self._changed = asyncio.Condition()
@@ -64,29 +72,30 @@ class Mailbox:
             await self._changed.wait_for(lambda: self._closed or number < len(self._jobs))
             return self._jobs[number] if number < len(self._jobs) else None
 
-    async def settle(self, number: int, error: str) -> None:
-        """``error``: what was wrong with the data; empty where all went well."""
+    async def settle(self, number: int, refused: str = "", failed: str = "") -> None:
+        """``refused``: what was wrong with the data. ``failed``: what no further attempt would mend."""
         async with self._changed:
             if number == len(self._settled):
-                self._settled.append(error)
+                self._settled.append(Outcome(refused, failed))
                 self._jobs[number] = None
+            self._failures.clear()
             self._changed.notify_all()
 
-    async def outcome(self, number: int) -> str:
-        """A job's error, once it is settled."""
+    async def outcome(self, number: int) -> Outcome:
+        """How a job ended, once it is settled."""
         async with self._changed:
             await self._changed.wait_for(lambda: number < len(self._settled))
             return self._settled[number]
 
-    async def fail(self, error: str) -> None:
-        """A worker met an error that is not the data's; what follows the first is mostly its effect."""
+    async def fail(self, error: str) -> bool:
+        """A worker met an error that is not the data's; whether an attempt before ended with the same."""
+        again = error in self._failures
         self._failures.append(error)
+        return again
 
     async def failure(self) -> str:
-        """The first error since this was asked last; empty where there was none."""
-        found = self._failures[0] if self._failures else ""
-        self._failures.clear()
-        return found
+        """The first error of the job under way; what follows it are mostly its effects. Empty: none."""
+        return self._failures[0] if self._failures else ""
 
     async def close(self) -> None:
         async with self._changed:
@@ -110,17 +119,21 @@ def serve(config: dict[str, Any]) -> None:
         posted = ray.get(mailbox.job.remote(number))
         if posted is None:
             return
-        job = ray.get(posted[0])
+        stage = "train"
         try:
+            job = ray.get(posted[0])
+            stage = job.stage
             run_job(job)
         except DataError as error:
-            ray.get(mailbox.settle.remote(number, str(error)))
+            ray.get(mailbox.settle.remote(number, refused=str(error)))
             raise  # the other ranks wait in a collective for this one
         except Exception as error:
-            ray.get(mailbox.fail.remote(f"{job.stage}, worker {rank}: {in_one_line(error)}"))
+            told = f"{stage}, worker {rank}: {in_one_line(error)}"
+            if ray.get(mailbox.fail.remote(told)):
+                ray.get(mailbox.settle.remote(number, failed=told))
             raise
         if rank == 0:
-            ray.get(mailbox.settle.remote(number, ""))
+            ray.get(mailbox.settle.remote(number))
         del job, posted
         number += 1
 
@@ -133,6 +146,14 @@ def in_one_line(error: BaseException) -> str:
     where = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
     return f"{type(error).__name__}: {said[:300]}{place}"
+
+
+def told_with_logs(cause: str) -> str:
+    """A cause in one line, with what to do and where there is more."""
+    return (
+        f"{cause}; the same command goes on from the last checkpoint (workers' logs: {cluster.logs()} on "
+        "their node, or `ray logs`)"
+    )
 
 
 class Crew:
@@ -183,9 +204,11 @@ class Crew:
         except KeyboardInterrupt:  # SIGTERM too, see interrupt.py
             self._save(settled, job)
             raise
-        error = ray.get(settled)
-        if error:
-            raise DataError(error)
+        outcome = ray.get(settled)
+        if outcome.refused:
+            raise DataError(outcome.refused)
+        if outcome.failed:
+            raise TrainingFailed(told_with_logs(f"{outcome.failed}, twice"))
 
     def _await(self, settled: Any, job: TrainJob, seconds: float = math.inf) -> None:
         import ray
@@ -207,11 +230,7 @@ class Crew:
         if not found:
             cause = "the workers ended without a word" if error is None else in_one_line(error)
             found = f"{job.stage}: {cause}"
-        logs = ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
-        return TrainingFailed(
-            f"{found}; the same command goes on from the last checkpoint (workers' logs: "
-            f"/tmp/ray/{logs or 'session_latest'}/logs on their node, or `ray logs`)"
-        )
+        return TrainingFailed(told_with_logs(found))
 
     def _save(self, settled: Any, job: TrainJob) -> None:
         """Has the workers end after their step, with a checkpoint; a second signal does not wait for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -76,10 +77,13 @@ def job_of(prepared: Path, out: Path, spec: Any, how: dict[str, Any]) -> Any:
     """``how``: zero, steps, until; precision, checkpoint_every, compute (more of that section); optim: more
     of that section; feed: more of ``SamplerOptions``; task: makes another than SupervisedTask of (spec,
     source, zero), and as a ``Fed`` what makes its batches."""
+    import ray.cloudpickle
+
     from clinkd.data.sampler import SamplerOptions
     from clinkd.train.loop import TrainJob
     from clinkd.train.tasks import SupervisedTask
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for workers, who cannot import it
     out.mkdir(exist_ok=True)
     kind, zero = how.get("task") or SupervisedTask, how["zero"]
     compute = {key: how[key] for key in ("precision", "checkpoint_every") if key in how}
