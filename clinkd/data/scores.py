@@ -61,6 +61,8 @@ class Score(NamedTuple):
 
 def mean(scores: Sequence[Score]) -> Score:
     """The score of several questions at once, all about the same images."""
+    if len(scores) == 1:
+        return scores[0]
     relevance = np.rint(np.mean([score.relevance for score in scores], axis=0)).astype(np.uint8)
     return Score(float(np.mean([score.alignment for score in scores])), relevance, scores[0].grids)
 
@@ -132,10 +134,24 @@ class Scores:
         return 0 if self._rows is None else len(self._rows)
 
     def __getitem__(self, sample: str) -> Score:
-        """Raises KeyError with what to do about it, for a sample that was never scored."""
-        row = -1 if self._rows is None else int(self._rows.rows([sample])[0])
-        if row < 0:
-            raise KeyError(f"scores: the guide never scored sample {sample}; its scores belong to other data")
+        """Raises KeyError like ``of``."""
+        return self.of([sample])[0]
+
+    def of(self, samples: Sequence[str]) -> list[Score]:
+        """The scores of some samples, in their order.
+
+        Raises:
+            KeyError: with what to do about it, for a sample that was never scored.
+        """
+        rows = [-1] * len(samples) if self._rows is None else self._rows.rows(samples).tolist()
+        if -1 in rows:
+            missing = samples[rows.index(-1)]
+            raise KeyError(
+                f"scores: the guide never scored sample {missing}; its scores belong to other data"
+            )
+        return [self._at(row) for row in rows]
+
+    def _at(self, row: int) -> Score:
         found = {name: values[ends[row] : ends[row + 1]] for name, (values, ends) in self._lists.items()}
         grids = zip(found["rows"].tolist(), found["columns"].tolist(), strict=True)
         return Score(float(self._alignment[row]), found["relevance"], tuple(grids))

@@ -94,7 +94,7 @@ class Answerer:
             return []
         if self.guide is not None:
             return list(self.guide.score([(images, [turn["question"] for turn in record["turns"]])])[0])
-        return [self.scores[sample_id(record["id"], number)] for number in range(len(record["turns"]))]
+        return self.scores.of([sample_id(record["id"], number) for number in range(len(record["turns"]))])
 
     def _prompt(self, question: str, picture: Any) -> list[int]:
         from clinkd.model.chat import encode

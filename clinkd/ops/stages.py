@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -98,9 +99,10 @@ class Outlook:
         return replace(self.workload, records=records).groups(stage.optim.questions_per_image)
 
     def steps(self, stage: Stage) -> int:
-        """As ``stages.training.steps_of`` says."""
+        """As ``data.sampler.BatchSampler.steps`` says, without packing."""
         optim = stage.optim
-        return optim.steps or max(1, round(optim.epochs * self.groups(stage) / self.per_step(stage)))
+        rounds = math.ceil(self.groups(stage) / (optim.batch_size * self.config.compute.workers))
+        return optim.steps or max(1, math.ceil(optim.epochs * rounds / optim.accumulation))
 
     def grid(self, subject: Subject) -> tuple[int, int, int]:
         low, high = subject.source.pixels

@@ -28,7 +28,7 @@ from torch import Tensor
 from clinkd.data.feed import Arrays, Asked, Order
 from clinkd.data.reading import Kept, Place, Records
 from clinkd.data.records import sample_id
-from clinkd.data.scores import Score, Scores, mean
+from clinkd.data.scores import Scores, mean
 from clinkd.data.tasks import FeedError
 from clinkd.model.conversation import Document, encode_conversation, pack_documents, packed_positions
 from clinkd.model.guide import guide_inputs, merged_grids
@@ -120,6 +120,15 @@ class _Asked:
     documents: list[tuple[int, ...]]  # turns of each
 
 
+class _Said(NamedTuple):
+    """A document but for its score; ``turns``: how many samples are in it."""
+
+    ids: list[int]
+    labels: list[int]
+    images: tuple[int, ...]
+    turns: int
+
+
 class BatchMaker:
     """Tokenizer, image processor, scores and targets, and how records become a batch with them."""
 
@@ -190,9 +199,9 @@ class BatchMaker:
         keys: list[bytes] = []
         first: dict[Place, tuple[int, ...]] = {}
         names: list[str] = []
-        rows: list[list[Document]] = []
+        rows: list[list[_Said]] = []
         for sequence in asked:
-            found: list[Document] = []
+            found: list[_Said] = []
             for group in sequence:
                 if group.place not in first:
                     shown = self.pictures.of(group.row["id"], group.place, records)
@@ -205,7 +214,7 @@ class BatchMaker:
             rows += ([found] if found else []) if self.spec.packed else [[document] for document in found]
         if not rows:
             return self._filler()
-        return self._arrays(rows, images) | self.targets.arrays(names) | {
+        return self._arrays(self._scored(rows, names), images) | self.targets.arrays(names) | {
             KEYS: np.array(keys), "samples": np.array([len(names)])
         }  # fmt: skip
 
@@ -227,7 +236,7 @@ class BatchMaker:
     def _documents(
         self, asked: _Asked, shown: tuple[int, ...], images: Sequence[Patches],
         talks: Iterator[tuple[str, str] | None], names: list[str],
-    ) -> Iterator[Document]:  # fmt: skip
+    ) -> Iterator[_Said]:  # fmt: skip
         """A group's documents; the samples in them join ``names``."""
         row, merge = asked.row, self.processor.merge_size**2
         tokens = [int(np.prod(images[image].grid)) // merge for image in shown]
@@ -236,14 +245,19 @@ class BatchMaker:
             if not said:
                 continue
             ids, labels = self._encode([talk for _, talk in said], tokens)
-            own = [sample_id(row["id"], turn) for turn, _ in said]
-            names += own
-            yield Document(ids, labels, shown, self._score(own))
+            names += [sample_id(row["id"], turn) for turn, _ in said]
+            yield _Said(ids, labels, shown, len(said))
 
-    def _score(self, samples: Sequence[str]) -> Score | None:
-        if self.spec.guidance.guided == "none":
-            return None
-        return mean([self.scores[sample] for sample in samples])
+    def _scored(self, rows: list[list[_Said]], names: Sequence[str]) -> list[list[Document]]:
+        """The documents with the guide's score of each, where the guidance wants it."""
+        guided = self.spec.guidance.guided != "none"
+        scores = iter(self.scores.of(names)) if guided else iter(())
+
+        def document(one: _Said) -> Document:
+            score = mean([next(scores) for _ in range(one.turns)]) if guided else None
+            return Document(one.ids, one.labels, one.images, score)
+
+        return [[document(one) for one in row] for row in rows]
 
     def _arrays(self, rows: list[list[Document]], images: list[Patches]) -> Arrays:
         packed = pack_documents(rows, self.tokenizer.pad_token_id)

@@ -73,7 +73,8 @@ def answer_tokens(prepared: Path, start: Path) -> int:
 
 def test_sharded_parameters_bear_a_rank_without_samples(prepared, start, tmp_path) -> None:
     """All records fit one sequence: one rank has fillers alone, and ZeRO-3 would hang without the tower."""
-    lines = train(prepared, tmp_path / "three", spec_of(start), **how(100_000, zero=3, steps=4))
+    whole = how(100_000, zero=3, steps=4) | {"feed": {"tokens": 100_000}}
+    lines = train(prepared, tmp_path / "three", spec_of(start), **whole)
     losses = [line["loss"] for line in lines]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert {line["tokens"] for line in lines} == {answer_tokens(prepared, start)}

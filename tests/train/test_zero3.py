@@ -18,7 +18,7 @@ import sys
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from clinkd.data.phantoms import PhantomSpec, draw
-from clinkd.data.ingest import decode
+from clinkd.data.images import decode
 from clinkd.model.chat import encode
 from clinkd.model.clinkd_qwen2vl import guidance_of, load_model
 from clinkd.model.generate import generate_answers
