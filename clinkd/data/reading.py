@@ -14,6 +14,8 @@ from clinkd.data.tasks import FeedError
 PIXELS = [*LIGHT, "png", "more_png"]
 KEPT_BYTES = 96 << 20
 """Row groups that a reader keeps."""
+FOOTERS = 16 << 20
+"""Bytes of shards' footers that it keeps, so that a row group is one request."""
 
 
 class Place(NamedTuple):
@@ -92,6 +94,7 @@ class Records:
 
     def __init__(self, shards: Shards, kept_bytes: int) -> None:
         self.shards, self._kept = shards, Kept(kept_bytes)
+        self._footers = Kept(FOOTERS)
 
     def name(self, place: Place) -> tuple[Any, ...]:
         """What names a record among all that a process ever reads: its file, as it is now, and its place."""
@@ -136,7 +139,8 @@ class Records:
         import pyarrow as pa
 
         try:
-            with self.shards.open(shard) as file:
+            with self.shards.open(shard, self._footers.get(shard)) as file:
+                self._footers.put(shard, file.metadata, file.metadata.serialized_size)
                 names = file.schema_arrow.names
                 found = file.read_row_group(group, columns=[name for name in PIXELS if name in names])
         except Exception as error:

@@ -89,8 +89,8 @@ def shard_paths(data: str | Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """A Parquet file to read from, on a disk or in a bucket.
+def open_parquet(path: Path, footer: Any = None) -> Iterator[Any]:
+    """A Parquet file to read from, on a disk or in a bucket; ``footer``: its metadata, where they are known.
 
     Raises:
         DataError: it is not there, or no whole Parquet file.
@@ -100,7 +100,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
     try:
         opened = path.open("rb") if storage.is_remote(path) else str(path)
-        file = pq.ParquetFile(opened)
+        file = pq.ParquetFile(opened, metadata=footer)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         text = " ".join(str(error).split())[:120]
         raise DataError(f"{path} is no whole Parquet file ({text}): run `clinkd prepare` again") from None
@@ -124,8 +124,8 @@ class Shards:
             stamps = tuple(threads.map(storage.stamp, paths))
         return cls(tuple(map(str, paths)), stamps, storage.endpoint())
 
-    def open(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """The ParquetFile of a shard.
+    def open(self, number: int, footer: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """The ParquetFile of a shard; ``footer``: its metadata, where they were read before.
 
         Raises:
             DataError: like ``open_parquet``; or it is not the file that the command began with.
@@ -134,7 +134,7 @@ class Shards:
         path = storage.locate(self.paths[number])
         if storage.stamp(path) != self.stamps[number]:
             raise DataError(f"{path} was changed since this command began: run it again")
-        return open_parquet(path)
+        return open_parquet(path, footer)
 
 
 def row_count(path: Path) -> int:
