@@ -48,6 +48,8 @@ def work_on(
     quiet()
     size = max(1, min(PIECE, -(-len(questions) // (4 * actors))))
     pieces = [pickle.dumps(questions.part(at, at + size)) for at in range(0, len(questions), size)]
+    if not pieces:
+        return
     rows = ray.data.from_items([{"work": piece} for piece in pieces], override_num_blocks=len(pieces))
     done = rows.map_batches(
         _Actor, fn_constructor_args=(make, questions.shards), batch_size=1, batch_format="pyarrow",

@@ -11,7 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,25 +91,42 @@ def _overlaps(cells: int, wanted: int) -> np.ndarray:
     return shares / shares.sum(1, keepdims=True)
 
 
-def write_scores(folder: Path, samples: Any, alignment: Any, relevance: Any, rows: Any, columns: Any) -> None:
-    """The scores' file; every argument is a column, of Arrow or a plain sequence, a row for each sample.
+def scores_table(samples: Any, alignment: Any, relevance: Any, rows: Any, columns: Any) -> pa.Table:
+    """Scores as they are kept; every argument is a column, of Arrow or plain, with a row for each sample.
 
     Args:
         alignment: float. relevance: lists of uint8. rows, columns: lists, of each image's grid.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     kinds = {
         "sample": (samples, pa.string()), "alignment": (alignment, pa.float32()),
         "relevance": (relevance, pa.list_(pa.uint8())), "rows": (rows, pa.list_(pa.uint16())),
         "columns": (columns, pa.list_(pa.uint16())),
     }  # fmt: skip
-    table = {
-        name: value.cast(kind) if hasattr(value, "cast") else pa.array(value, kind)
-        for name, (value, kind) in kinds.items()
-    }
-    pq.write_table(pa.table(table), folder / FILE)
+    return pa.table(
+        {
+            name: value.cast(kind) if hasattr(value, "cast") else pa.array(value, kind)
+            for name, (value, kind) in kinds.items()
+        }
+    )
+
+
+def write_scores(folder: Path, samples: Any, alignment: Any, relevance: Any, rows: Any, columns: Any) -> None:
+    """The scores' file of one ``scores_table``."""
+    write_parts(folder, [scores_table(samples, alignment, relevance, rows, columns)])
+
+
+def write_parts(folder: Path, tables: Iterable[pa.Table]) -> None:
+    """The scores' file, table after table."""
+    import pyarrow.parquet as pq
+
+    writer = None
+    for table in tables:
+        writer = writer or pq.ParquetWriter(folder / FILE, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
 
 
 class Scores:

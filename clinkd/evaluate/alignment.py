@@ -12,12 +12,15 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clinkd import storage
 from clinkd.data.records import sample_id
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from clinkd.model.guide import Calibration
 
 MOST_FITTED = 1_000_000  # patches that the calibration is fitted on
+MOST_ROWS = 1 << 16  # questions that it is fitted on, and that AUC is measured on
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class ScoreSpec:
 
     encoder: str  # folder of the encoder
     names: tuple[str, ...]  # the names regions are ranked against
+    folder: str = ""  # where an actor leaves what it has found, seen by all
     threads: int = 1
 
 
@@ -51,8 +56,18 @@ class Scorer:
         self.names = self.encoder.texts(list(spec.names))
 
     def tables(self, batches: Iterable[list[dict[str, Any]]]) -> Iterator[pa.Table]:
-        """See ``data.pieces.Work``."""
-        yield from map(self.scored, batches)
+        """See ``data.pieces.Work``: leaves a part with the rows of all records (``scored``), and tells how
+        many ``samples`` are in it, and of retrieval ``regions`` and ``right``."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        part = pa.concat_tables(self.scored(records) for records in batches).combine_chunks()
+        name = hashlib.sha256(part.column("sample")[0].as_py().encode()).hexdigest()[:32]
+        path = Path(self.spec.folder) / f"{name}.arrow"
+        with storage.whole(path) as file, pa.ipc.new_file(file, part.schema) as writer:
+            writer.write_table(part)
+        sums = {key: [pc.sum(part.column(key)).as_py()] for key in ("regions", "right")}
+        yield pa.table({"samples": [len(part)]} | sums)
 
     def scored(self, records: list[dict[str, Any]]) -> pa.Table:
         """One row per sample.
@@ -143,6 +158,30 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
         "columns": pa.list_(pa.uint16()), "regions": pa.int64(), "right": pa.int64(),
     }  # fmt: skip
     return pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()})
+
+
+def parts_of(folder: Path) -> list[pa.Table]:
+    """The parts that actors left, mapped, by their first samples."""
+    import pyarrow as pa
+
+    found = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in folder.glob("*.arrow")]
+    return sorted(found, key=lambda part: str(part.column("sample")[0]))
+
+
+def some(parts: Sequence[pa.Table], split: str, most: int = MOST_ROWS) -> pa.Table:
+    """Rows of a split, ``most`` of them at most, evenly out of all parts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    masks = [pc.equal(part.column("split"), split).to_numpy() for part in parts]
+    stride = max(1, -(-sum(int(mask.sum()) for mask in masks) // most))
+    found, passed = [], 0
+    for part, mask in zip(parts, masks, strict=True):
+        rows = np.flatnonzero(mask)
+        number = passed + np.arange(len(rows))
+        passed += len(rows)
+        found.append(part.take(pa.array(rows[number % stride == 0])))
+    return pa.concat_tables(found)
 
 
 def of_split(table: pa.Table, split: str) -> pa.Table:

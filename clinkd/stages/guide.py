@@ -11,6 +11,7 @@ Decisions:
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clinkd.artifacts import Artifact, Draft
 from clinkd.config import ConfigError, OptimSection
 from clinkd.data.reading import Questions
+from clinkd.data.scores import scores_table, write_parts
 from clinkd.data.shards import Shards
 from clinkd.stages.base import Run, content_digest, write_whole
 from clinkd.stages.models import guidance, pixel_limits, start_model, teacher_rope, vqa_spec
@@ -62,7 +64,7 @@ def guide(run: Run) -> Artifact:
         run.progress.record(stage="guide", event="retrieval", **retrieval)
         return counts | retrieval
 
-    return run.stage("guide", ["prepare"], settings, make, version=6)
+    return run.stage("guide", ["prepare"], settings, make, version=7)
 
 
 def _none(draft: Draft) -> dict[str, Any]:
@@ -88,28 +90,27 @@ def _train(run: Run, draft: Draft) -> dict[str, Any]:
 def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibration]:
     """Scores of all samples, calibrated on the training split; retrieval on the test split."""
     from clinkd.data.shards import samples
-    from clinkd.evaluate.alignment import auc, calibrate, grounded, of_split, pairs, patches
+    from clinkd.evaluate.alignment import auc, calibrate, grounded, pairs, parts_of, patches, some
 
     asked = samples(run.done["prepare"].path, "test")
     names = sorted({item["answer"].strip().lower() for item in asked if item["task"] == "roc"})
-    whole = _logits(run, encoder, names or ["nothing"])
-    if guidance(run.config.rope).guided == "patch" and not len(
-        whole.column("patches").combine_chunks().values
-    ):
+    folder = draft.work / "logits"
+    regions, right = _logits(run, encoder, names or ["nothing"], folder)
+    parts = parts_of(folder)
+    if guidance(run.config.rope).guided == "patch" and not any(_cells(part) for part in parts):
         raise ConfigError(
             f"guide.path: {run.config.guide.path} tells no patches of an image apart; choose rope.mode=pair, "
             "or a guide with a vision transformer"
         )
-    calibration = calibrate(whole)
+    calibration = calibrate(some(parts, "train"))
     if calibration.temperature <= 0:
         run.progress.say(
             "guide: its logits do not tell questions of these images from others; gamma guides by noise"
         )
-    _write_scores(whole, calibration, draft.path)
-    regions = sum(whole.column("regions").to_pylist())
-    tested = of_split(whole, "test")
+    write_parts(draft.path, (_scores(part, calibration) for part in parts))
+    tested = some(parts, "test")
     found = {
-        "retrieval_at_1": sum(whole.column("right").to_pylist()) / regions if regions else None,
+        "retrieval_at_1": right / regions if regions else None,
         "chance": 1 / len(names) if names else None, "regions": regions,
         "pair_auc": auc(*pairs(grounded(tested))), "patch_auc": auc(*patches(tested)), **asdict(calibration),
     }  # fmt: skip
@@ -117,36 +118,45 @@ def _score(run: Run, draft: Draft, encoder: str) -> tuple[dict[str, Any], Calibr
     return found, calibration
 
 
-def _logits(run: Run, encoder: str, names: list[str]) -> pa.Table:
-    """What the encoder says of every sample, in their order; ``names``: classes that regions may have."""
-    import pyarrow as pa
+def _cells(part: pa.Table) -> int:
+    return len(part.column("patches").combine_chunks().flatten())
 
+
+def _logits(run: Run, encoder: str, names: list[str], folder: Path) -> tuple[int, int]:
+    """Has the encoder say something of every sample, into parts in ``folder``.
+
+    Args:
+        names: classes that regions may have.
+
+    Returns:
+        Test regions that have a name, and how many of them ranked their own name first.
+    """
     from clinkd.data.index import build_index
     from clinkd.data.pieces import work_on
     from clinkd.evaluate.alignment import Scorer, ScoreSpec
 
+    shutil.rmtree(folder, ignore_errors=True)  # of another encoder, or in other pieces
+    folder.mkdir(parents=True)
     shards, compute = Shards.of(run.done["prepare"].path), run.config.compute
     index = build_index(shards, None)
     run.progress.start("guide: scores", int(index.starts[-1]))
-    tables: list[pa.Table] = []
-    done = 0
-    scorer = partial(Scorer, ScoreSpec(encoder, tuple(names)))
+    done = regions = right = 0
+    scorer = partial(Scorer, ScoreSpec(encoder, tuple(names), str(folder.resolve())))
     questions = Questions(shards, index.place)
     for table in work_on(questions, scorer, actors=compute.actors, gpus=compute.gpus_per_actor):
-        tables.append(table)
-        done += len(table)
+        for told in table.to_pylist():
+            done += told["samples"]
+            regions, right = regions + told["regions"], right + told["right"]
         run.progress.update(done, record=False)
-    return pa.concat_tables(tables).sort_by("sample")
+    return regions, right
 
 
-def _write_scores(table: pa.Table, calibration: Calibration, folder: Path) -> None:
+def _scores(part: pa.Table, calibration: Calibration) -> pa.Table:
     import pyarrow as pa
 
-    from clinkd.data.scores import write_scores
-
-    logits = table.column("patches").combine_chunks()
+    logits = part.column("patches").combine_chunks()
     relevance = pa.array(calibration.relevance(logits.values.to_numpy()))
-    write_scores(
-        folder, table.column("sample"), calibration.alignment(table.column("own").to_numpy()),
-        pa.ListArray.from_arrays(logits.offsets, relevance), table.column("rows"), table.column("columns"),
+    return scores_table(
+        part.column("sample"), calibration.alignment(part.column("own").to_numpy()),
+        pa.ListArray.from_arrays(logits.offsets, relevance), part.column("rows"), part.column("columns"),
     )  # fmt: skip

@@ -12,7 +12,17 @@ import torch
 from clinkd.data.boxes import parse_boxes
 from clinkd.data.phantoms import PhantomSpec, draw
 from clinkd.data.regions import coverage, covered
-from clinkd.evaluate.alignment import Scorer, ScoreSpec, auc, calibrate, of_split, pairs, patches
+from clinkd.evaluate.alignment import (
+    Scorer,
+    ScoreSpec,
+    auc,
+    calibrate,
+    of_split,
+    pairs,
+    parts_of,
+    patches,
+    some,
+)
 from clinkd.model import presets
 from clinkd.model.clinkd_qwen2vl import load_model
 from clinkd.model.tiny_guide import TinyEncoder, TinyGuide, save_guide
@@ -77,6 +87,25 @@ def test_a_record_alone_in_its_batch_meets_no_other(encoder: Path) -> None:
     assert found.column("other").null_count == len(found)
     logits, match = pairs(found)
     assert len(logits) == len(found) and match.all()
+
+
+def test_what_an_actor_leaves_is_all_it_found_whatever_the_pieces(
+    encoder: Path, table: Any, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+
+    scorer = Scorer(ScoreSpec(str(encoder), NAMES, str(tmp_path)))
+    told = [row for rows in (ROWS[3:], ROWS[:3]) for out in scorer.tables([rows]) for row in out.to_pylist()]
+    parts = parts_of(tmp_path)
+    assert pa.concat_tables(parts).column("sample").to_pylist() == table.column("sample").to_pylist()
+    for key in ("regions", "right"):
+        assert sum(row[key] for row in told) == sum(table.column(key).to_pylist())
+    assert sum(row["samples"] for row in told) == len(table)
+    train = some(parts, "train")
+    assert train.column("sample").to_pylist() == of_split(table, "train").column("sample").to_pylist()
+    few = some(parts, "train", 5)
+    wanted = train.column("sample").to_pylist()[:: -(-len(train) // 5)]
+    assert few.column("sample").to_pylist() == wanted and len(few) <= 5
 
 
 def test_the_answers_boxes_tell_which_patches_a_question_is_about(table: Any) -> None:
