@@ -164,7 +164,9 @@ def model() -> Path:
     turns = [turn for record in records() for turn in record.turns]
     texts = [to_qwen(text) for turn in turns for text in (turn.question, turn.answer)]
     size = TinySize(hidden=64, layers=1, heads=2, mlp=64, vision_hidden=32, vision_layers=1)
-    return write_new_model(texts, size, Path(tempfile.mkdtemp(prefix="clinkd-growth-model-")), vocab_size=800)
+    return write_new_model(
+        texts, size, Path(tempfile.mkdtemp(prefix="clinkd-growth-model-")), vocab_size=800, seed=0
+    )
 
 
 def ten_million() -> None:
@@ -185,7 +187,8 @@ def ten_million() -> None:
     columns |= {"group_bytes": np.full(count, 4 << 20)}
     index = RecordIndex(pa.table({"id": pa.array(at.astype(str))} | columns))
     tokens = np.random.default_rng(0).integers(40, 90, 8 * count).astype(np.int32)
-    listed = pa.ListArray.from_arrays(np.arange(0, 8 * count + 1, 8, np.int32), tokens)
+    ends = np.arange(0, 8 * count + 1, 8, dtype=np.int32)
+    listed = pa.ListArray.from_arrays(pa.array(ends), pa.array(tokens))
     measured_index = RecordIndex(index.table.append_column("lengths", listed))
     for name, of, options in (
         ("planned", index, SamplerOptions(0, 8, per_group=4)),
