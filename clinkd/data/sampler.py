@@ -27,7 +27,7 @@ from functools import lru_cache
 import numpy as np
 
 from clinkd.data.index import RecordIndex
-from clinkd.data.packing import TooLong, pack
+from clinkd.data.packing import pack
 from clinkd.data.shards import DataError
 
 Group = tuple[int, tuple[int, ...]]
@@ -199,11 +199,7 @@ class Epoch:
         lengths = self._tokens[self._order]
         order, begins = [], [0]
         for start, end in itertools.pairwise(bounds):
-            try:
-                packed = pack(lengths[start:end].tolist(), self.options.tokens)
-            except TooLong as error:  # pragma: no cover - _fitting has refused it
-                raise DataError(str(error)) from None
-            for chosen in packed:
+            for chosen in pack(lengths[start:end].tolist(), self.options.tokens):
                 order += [start + at for at in chosen]
                 begins.append(len(order))
         self._order = self._order[np.array(order, np.int64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import sys
 import tempfile
@@ -28,11 +29,12 @@ def made_up_scores(prepared: Path, out: Path) -> str:
     return str(out / FILE)
 
 
-class Fed:
+class Fed(abc.ABC):
     """Of a test's own maker of tasks that brings its own maker of batches."""
 
+    @abc.abstractmethod
     def batches(self, spec: Any) -> Any:
-        raise NotImplementedError
+        """What makes a batch of records."""
 
 
 _crew: Crew | None = None
